@@ -1,0 +1,35 @@
+# Two commands matter: `make demo` and `make test`. Each sets everything up first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test setup lab export bench
+
+demo: $(READY)
+	@$(BIN)/bgrpo demo
+
+test: $(READY)
+	@$(BIN)/python nbs/_build/sync.py --check
+	@$(BIN)/nbdev-test --n-workers 2 --timing
+	@$(BIN)/python -m pytest
+
+setup: $(READY)
+
+lab: $(READY)
+	@$(BIN)/jupyter lab nbs
+
+# Notebooks -> library, cleaned notebooks, README
+export: $(READY)
+	@$(BIN)/python nbs/_build/sync.py
+
+# Every benchmark, one after the other, on a machine that does nothing else
+bench: $(READY)
+	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+$(READY): constraints.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv (once, a few minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

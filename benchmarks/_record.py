@@ -1,0 +1,49 @@
+"Writes a benchmark's figures beside what they depend on: machine, versions, commit."
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine():
+    "Processor, cores, memory and accelerator, in words"
+    import torch
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
+    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                memory_gib=round(memory), threads=torch.get_num_threads(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+
+
+def versions():
+    "Python and the packages that decide a timing"
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "trl", "sympy", "python-flint", "numpy"):
+        try: found[name] = version(name)
+        except PackageNotFoundError: pass
+    return found
+
+
+def commit():
+    "The checkout's commit, with `+` where files differ from it"
+    def git(*args): return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def record(name, results):
+    "Write `results` to benchmarks/results/NAME.json and say so"
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    accounts = dict(date=time.strftime("%Y-%m-%d"), commit=commit(), machine=machine(), versions=versions())
+    path.write_text(json.dumps(accounts | dict(results=results), indent=1) + "\n")
+    print(f"recorded in {path.relative_to(RESULTS.parent.parent)}")
+    return path

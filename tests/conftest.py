@@ -1,0 +1,33 @@
+"Fixtures that every test file may use."
+import os
+from pathlib import Path
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+
+
+def shared_dir():
+    "The folder with the authors' data: `$BGRPO_SHARED`, by default `../shared` beside the repository"
+    return Path(os.environ.get("BGRPO_SHARED", REPO.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    "The authors' data, or a skip that says where it was looked for"
+    folder = shared_dir() / "data"
+    if not folder.is_dir(): pytest.skip(f"the authors' data is not at {folder}; set BGRPO_SHARED to the folder that holds data/")
+    return folder
+
+
+def pytest_collection_modifyitems(config, items):
+    "Tests marked `slow` run on request, `cuda` where there is a device"
+    import torch
+    asked = config.getoption("-m") or ""
+    for item in items:
+        if "slow" in item.keywords and "slow" not in asked: item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        if "cuda" in item.keywords and not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason="no CUDA device"))
