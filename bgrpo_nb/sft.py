@@ -113,7 +113,7 @@ def read_degrees(text: str, # "2∘2", "2x2" or "2_2": outer, then inner
 
 def _setting(default, help): return field(default=default, metadata={"help": help})
 
-# %% ../nbs/04_sft.ipynb #33925333
+# %% ../nbs/04_sft.ipynb #01232513
 @dataclass
 class SupervisedConfig(TrainingArguments):
     "Settings of supervised training; the fields of TrainingArguments are fields here too"
@@ -149,6 +149,7 @@ class SupervisedConfig(TrainingArguments):
 
     def __post_init__(self):
         if self.bf16 is None: self.bf16 = not self.fp16 and bf16_is_native()
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()   # bf16 without a GPU has to be asked for
         if self.preset not in PRESETS: raise ValueError(f"preset {self.preset!r} is not known; use one of {', '.join(PRESETS)}")
         if self.weights_dtype not in ("float32", "bfloat16"): raise ValueError(f"weights_dtype {self.weights_dtype!r} must be float32 or bfloat16")
         if self.max_steps < 1: raise ValueError("max_steps must be 1 or more; the samples are made for a known number of steps")
