@@ -175,8 +175,10 @@ def save_model(model, tokenizer, folder, # is made where it does not exist
     tokenizer.save_pretrained(folder)
     return folder
 
-# %% ../nbs/02_model.ipynb #e6f3c389
+# %% ../nbs/02_model.ipynb #147e5eb6
 _LINEAR = {"attn.proj": "attn.c_proj", "mlp.0": "mlp.c_fc", "mlp.2": "mlp.c_proj"}
+
+def _turn(x): return x.T.contiguous() if x.ndim == 2 else x
 
 def _to_gpt2(state: dict) -> dict:
     "The authors' names and shapes -> GPT-2's"
@@ -188,12 +190,12 @@ def _to_gpt2(state: dict) -> dict:
             for n in (1, 2): out[f"{ours}ln_{n}.{p}"] = state[f"{theirs}ln{n}.{p}"]
             joined = torch.cat([state[f"{theirs}attn.{name}.{p}"] for name in ("query", "key", "value")])
             out[f"{ours}attn.c_attn.{p}"] = joined.T.contiguous() if p == "weight" else joined
-            for a, b in _LINEAR.items(): out[f"{ours}{b}.{p}"] = state[f"{theirs}{a}.{p}"].T.contiguous()
+            for a, b in _LINEAR.items(): out[f"{ours}{b}.{p}"] = _turn(state[f"{theirs}{a}.{p}"])
     return out
 
 def _layers(state) -> int: return 1 + max((int(m[1]) for k in state if (m := re.match(r"blocks\.(\d+)\.", k))), default=-1)
 
-# %% ../nbs/02_model.ipynb #e1dff1df
+# %% ../nbs/02_model.ipynb #41cc8271
 def _from_gpt2(state: dict) -> dict:
     "GPT-2's names and shapes -> the authors'"
     out = {"tok_emb.weight": state["transformer.wte.weight"], "pos_emb": state["transformer.wpe.weight"][None], "head.weight": state["lm_head.weight"]}
@@ -204,7 +206,7 @@ def _from_gpt2(state: dict) -> dict:
             for n in (1, 2): out[f"{theirs}ln{n}.{p}"] = state[f"{ours}ln_{n}.{p}"]
             joined = state[f"{ours}attn.c_attn.{p}"]
             for name, part in zip(("query", "key", "value"), joined.T.chunk(3)): out[f"{theirs}attn.{name}.{p}"] = part
-            for a, b in _LINEAR.items(): out[f"{theirs}{a}.{p}"] = state[f"{ours}{b}.{p}"].T
+            for a, b in _LINEAR.items(): out[f"{theirs}{a}.{p}"] = _turn(state[f"{ours}{b}.{p}"])
     return {k: v.clone().contiguous() for k, v in out.items()}
 
 # %% ../nbs/02_model.ipynb #054072f9
