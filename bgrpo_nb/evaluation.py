@@ -238,7 +238,6 @@ def plot_history(history: Sequence[dict], # rows with `step` and metrics, with o
                 if points: ax.plot(*zip(*points), marker="o", markersize=4, label=label)
             ax.set(title=title, xlabel="step")
             if len(lines) > 1: ax.legend()
-        fig.tight_layout()
         if path is None: return fig
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path)

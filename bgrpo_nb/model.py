@@ -43,7 +43,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 # %% ../nbs/02_model.ipynb #0d948a36
 ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../bgrpo_nb/assets").resolve()
@@ -156,9 +157,13 @@ def load_model(name_or_path, # a bundled model's name ("tiny") or a folder in Hu
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or torch.float32
     attention = choose_attention(attn_implementation, device, dtype)
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
     try: model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     except Exception as e: raise ValueError(f"{folder} holds no model that can be loaded ({str(e).splitlines()[0][:120]}); "
                                             "is the folder complete?") from e
+    finally:
+        if shown: enable_progress_bar()
     return model.to(device).eval()
 
 def save_model(model, tokenizer, folder, # is made where it does not exist

@@ -7,12 +7,20 @@ import platform
 import signal
 import subprocess
 import time
+from dataclasses import field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from transformers import TrainerCallback
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 PACKAGES = ("bgrpo_nb", "torch", "transformers", "trl", "accelerate", "numpy", "sympy", "python-flint")
+
+
+def setting(default, help):
+    "A documented field of a config"
+    return field(default=default, metadata={"help": help})
 
 
 def write_json(path, content):
@@ -101,7 +109,7 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs: return
-        row = {"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, (int, float))}}
+        row = {"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, (int, float, dict))}}
         with self.path.open("a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
 
 
@@ -125,3 +133,28 @@ class StopCleanly(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_save = control.should_training_stop = True
+
+
+class Progress(TrainerCallback):
+    "One bar with the time left and the newest value of a few logged keys"
+    def __init__(self, keys): self.keys, self.values, self.bar = keys, {}, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero: self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.values |= {k: f"{logs[k]:.3f}" for k in self.keys if isinstance((logs or {}).get(k), float)}
+        if self.bar is not None: self.bar.set_postfix(self.values)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None: self.bar.close()
+
+
+def show_progress(trainer, *keys):
+    "`Progress` instead of a trainer's own bar and printed dictionaries; nothing at all under `disable_tqdm`"
+    disable_progress_bar()  # one for each file that is read or written
+    for callback in (ProgressCallback, PrinterCallback): trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm: trainer.add_callback(Progress(keys))

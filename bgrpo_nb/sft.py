@@ -47,7 +47,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .data import Problem, generate_problems, read_problems
 from .model import PRESETS, choose_attention, load_model, load_tokenizer, new_model, save_model
 from .polynomial import canonical_inner
-from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, write_json
+from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, setting, show_progress, write_json
 
 # %% ../nbs/04_sft.ipynb #c6894d9b
 class ProblemStream(Dataset):
@@ -111,41 +111,41 @@ def read_degrees(text: str, # "2∘2", "2x2" or "2_2": outer, then inner
         raise ValueError(f"degrees {text!r} cannot be read; write outer and inner degree as in 3_2, both 2 or more")
     return int(parts[0]), int(parts[1])
 
-def _setting(default, help): return field(default=default, metadata={"help": help})
+
 
 # %% ../nbs/04_sft.ipynb #01232513
 @dataclass
 class SupervisedConfig(TrainingArguments):
     "Settings of supervised training; the fields of TrainingArguments are fields here too"
-    output_dir: str = _setting("runs/sft", "the run folder")
-    model: str | None = _setting(None, "policy to go on from; a new one of the preset's size where it is left out")
-    preset: str = _setting("tiny", "size of a new policy: tiny, small or paper")
-    vocabulary: str = _setting("single", "words of a new policy: single (one variable) or multi")
-    problems: str | None = _setting(None, "file of lines `expanded ⁇ answer` to train on; made afresh where it is left out")
+    output_dir: str = setting("runs/sft", "the run folder")
+    model: str | None = setting(None, "policy to go on from; a new one of the preset's size where it is left out")
+    preset: str = setting("tiny", "size of a new policy: tiny, small or paper")
+    vocabulary: str = setting("single", "words of a new policy: single (one variable) or multi")
+    problems: str | None = setting(None, "file of lines `expanded ⁇ answer` to train on; made afresh where it is left out")
     degrees: list[str] = field(default_factory=lambda: ["2_2"], metadata={"help": "degrees of the problems made afresh, outer_inner, mixed evenly"})
-    coefficient_bound: int = _setting(20, "coefficients of the problems made afresh lie in [-bound, bound]")
-    canonical: bool = _setting(True, "targets in canonical form: no constant, coprime, leading coefficient above 0")
-    held_out: int = _setting(512, "problems kept for validation")
-    weights_dtype: str = _setting("float32", "precision of the saved policy: float32 or bfloat16")
-    resume: bool = _setting(False, "go on from the newest whole checkpoint in output_dir")
-    max_steps: int = _setting(2500, "optimizer steps")
-    per_device_train_batch_size: int = _setting(128, "problems in a batch")
-    per_device_eval_batch_size: int = _setting(256, "problems in a batch of the validation")
-    learning_rate: float = _setting(1e-3, "peak learning rate")
-    warmup_steps: float = _setting(200, "steps until the peak is reached")
-    lr_scheduler_type: str = _setting("cosine_with_min_lr", "shape of the learning rate after the warm-up")
+    coefficient_bound: int = setting(20, "coefficients of the problems made afresh lie in [-bound, bound]")
+    canonical: bool = setting(True, "targets in canonical form: no constant, coprime, leading coefficient above 0")
+    held_out: int = setting(512, "problems kept for validation")
+    weights_dtype: str = setting("float32", "precision of the saved policy: float32 or bfloat16")
+    resume: bool = setting(False, "go on from the newest whole checkpoint in output_dir")
+    max_steps: int = setting(2500, "optimizer steps")
+    per_device_train_batch_size: int = setting(128, "problems in a batch")
+    per_device_eval_batch_size: int = setting(256, "problems in a batch of the validation")
+    learning_rate: float = setting(1e-3, "peak learning rate")
+    warmup_steps: float = setting(200, "steps until the peak is reached")
+    lr_scheduler_type: str = setting("cosine_with_min_lr", "shape of the learning rate after the warm-up")
     lr_scheduler_kwargs: dict | str | None = field(default_factory=lambda: {"min_lr_rate": 0.02}, metadata={"help": "arguments of the scheduler"})
-    weight_decay: float = _setting(0.01, "AdamW's weight decay")
-    adam_beta2: float = _setting(0.98, "AdamW's second decay")
-    logging_steps: float = _setting(50, "steps between log lines")
-    eval_strategy: str = _setting("steps", "when to validate")
-    eval_steps: float | None = _setting(250, "steps between validations")
-    save_steps: float = _setting(250, "steps between checkpoints")
-    save_total_limit: int | None = _setting(2, "checkpoints kept")
-    report_to: str = _setting("none", "where metrics go beside the run folder: none, wandb, ...")
-    bf16: bool | None = _setting(None, "bfloat16 autocast; where it is left out, whatever the machine does natively")
-    remove_unused_columns: bool = _setting(False, "must be off: the samples are put together by our own collate")
-    dataloader_pin_memory: bool = _setting(False, "pin batches in memory; of use with a GPU only")
+    weight_decay: float = setting(0.01, "AdamW's weight decay")
+    adam_beta2: float = setting(0.98, "AdamW's second decay")
+    logging_steps: float = setting(50, "steps between log lines")
+    eval_strategy: str = setting("steps", "when to validate")
+    eval_steps: float | None = setting(250, "steps between validations")
+    save_steps: float = setting(250, "steps between checkpoints")
+    save_total_limit: int | None = setting(2, "checkpoints kept")
+    report_to: str = setting("none", "where metrics go beside the run folder: none, wandb, ...")
+    bf16: bool | None = setting(None, "bfloat16 autocast; where it is left out, whatever the machine does natively")
+    remove_unused_columns: bool = setting(False, "must be off: the samples are put together by our own collate")
+    dataloader_pin_memory: bool = setting(False, "pin batches in memory; of use with a GPU only")
 
     def __post_init__(self):
         if self.bf16 is None: self.bf16 = not self.fp16 and bf16_is_native()
@@ -217,6 +217,7 @@ def train_policy(config: SupervisedConfig) -> dict: # what result.json holds; "s
                        data_collator=lambda samples: collate(samples, tokenizer.pad_token_id),
                        preprocess_logits_for_metrics=exact_match, callbacks=[RunLog(config.output_dir), stop],
                        compute_metrics=lambda p: {"exact_match": float(p.predictions.mean())})
+    show_progress(trainer, "loss", "eval_exact_match")
     with stop: trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     result = dict(stopped=stop.asked, step=trainer.state.global_step, seconds=round(time.time() - started, 1),
                   samples=trainer.state.global_step * len(train) // config.max_steps,
