@@ -134,6 +134,12 @@ class Report:
             groups.setdefault(f"{r.degree // r.inner_degree}∘{r.inner_degree}" if r.inner_degree else str(r.degree), []).append(r)
         return {k: Report(groups[k], self.settings) for k in sorted(groups)}
 
+    def without_trivial(self, problems: Sequence[Problem], # those that were evaluated, in their order
+                        ) -> "Report | None": # None where no known answer is trivial
+        "The same report without the problems whose known answer has a linear part"
+        keep = [not p.answer or verify(p.expanded, p.answer).reason != "trivial" for p in problems]
+        return None if all(keep) or not any(keep) else Report([r for r, k in zip(self.rows, keep) if k], self.settings)
+
     def table(self) -> list[tuple]: # metric, value, low, high
         return [(m, self.metrics[m], *self.interval(m)) for m in METRICS]
 

@@ -2,7 +2,7 @@ r"""Prefix notation, and the algebra that says whether an answer decomposes a po
 
 A policy is given an expanded polynomial $f$ and writes an inner polynomial $h$. The answer is right when some outer polynomial $g$
 satisfies $f = g \circ h$. Nobody has to trust the policy, or a float: division decides. `verify` returns a `Verdict` with a reason,
-for any text at all, in microseconds; the task is that of *Discovering polynomial decompositions* in
+for any text at all, in microseconds; the task is that of Lee, Huh, Su and Yu,
 [arXiv 2508.15766](https://arxiv.org/abs/2508.15766).
 
 ## Prefix notation

@@ -69,16 +69,15 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
-# %% ../nbs/09_trainer.ipynb #01bee60e
+# %% ../nbs/09_trainer.ipynb #8bf4dd79
 from .beam_filter import answer_tokens
-from .data import Problem, generate_problems, polynomial_key, read_problems, split
+from .data import Problem, generate_problems, polynomial_key, read_degrees, read_problems, split
 from .evaluation import evaluate as measure
 from .evaluation import plot_history
 from .generation import why_no_tree
 from .model import decode_completions, load_model, load_tokenizer, save_model
 from .rewards import REWARDS, balance_rewards, decomposition_reward
 from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, setting, show_progress, write_json
-from .sft import read_degrees
 from .trl_batching import group_order, positions_from_mask, roll_out, share_groups, trie_logps
 
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning) # TRL's own use of the old name
