@@ -172,6 +172,7 @@ def save_model(model, tokenizer, folder, # is made where it does not exist
     "Weights, configuration and tokenizer in Hugging Face format"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    model.config.use_cache = model.generation_config.use_cache = True  # trainers turn it off
     if dtype is None: model.save_pretrained(folder)
     else:
         copy = type(model)(model.config).to(dtype)

@@ -175,7 +175,7 @@ class BGRPOTrainer(GRPOTrainer):
             raise ValueError(f"beta={args.beta} needs a reference policy, which is read again from where the model was loaded; this one was built "
                              "in memory. Save it with save_model and load it with load_model, or set beta=0")
         if reward_funcs is None: reward_funcs = decomposition_reward(lambda ids: decode_completions(self.processing_class, ids), args.reward)
-        self.evaluator, self._said = evaluator, set()
+        self.evaluator, self._warned = evaluator, False
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
@@ -220,8 +220,8 @@ def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, att
         if reason is None:
             with self.accelerator.autocast():
                 return *trie_logps(model, input_ids, attention_mask, logits_to_keep, self.temperature, compute_entropy, self.args.trie_elements), None
-        if reason not in self._said: warnings.warn(f"every row is forwarded in full, which is slower: {reason}")
-        self._said.add(reason)
+        if not self._warned: warnings.warn(f"every row is forwarded in full, which is slower: {reason}")
+        self._warned = True
     return super(BGRPOTrainer, self)._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
                                                                         compute_aux_loss, **multimodal)
 

@@ -1,0 +1,120 @@
+"`bgrpo` as a person types it: in a process of its own."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bgrpo_nb.data import generate_problems, polynomial_key, read_problems, write_problems
+from bgrpo_nb.evaluation import Report
+from bgrpo_nb.runs import read_metrics
+
+COMMANDS = ["demo", "generate", "sft", "filter", "train", "evaluate", "plot", "convert"]
+
+
+def bgrpo(*words, cwd=None):
+    return subprocess.run([sys.executable, "-m", "bgrpo_nb.cli", *map(str, words)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words", [[], *([c] for c in COMMANDS)], ids=["bgrpo", *COMMANDS])
+def test_help_comes_without_loading_anything_heavy(words):
+    code = f"import sys; from bgrpo_nb.cli import main; s = main({[*words, '--help']!r}); print(sorted({{'torch', 'transformers', 'trl', 'sympy', 'numpy'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code.replace("s = main", "\ntry: main").replace("; print", "\nexcept SystemExit: pass\nprint")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
+    assert "usage: bgrpo" in done.stdout
+
+
+@pytest.mark.parametrize("line,says", [
+    ("trian", "did you mean train"), ("generate", "required: out"), ("generate x --degrees 1_2", "both 2 or more"), ("generate x --n many", "invalid int"),
+    ("evaluate --problems nowhere.txt", "no file nowhere.txt"), ("evaluate --model nowhere --problems good.txt", "no model at nowhere"),
+    ("evaluate --problems bad.txt", "bad.txt, line 2"), ("evaluate --problems many.txt", "load_tokenizer('multi')"), ("filter --problems good.txt --out x --lowest 30", "1 to num_beams=25"),
+    ("train --objective best", "one of paper, original"), ("train --lerning_rate 1", "did you mean --learning_rate"), ("train --problems nowhere.txt", "no file"),
+    ("train --config nowhere.yaml", "no file"), ("train --config bad.yaml", "did you mean learning_rate"), ("train --temperature 0.7", "no meaning for beams"),
+    ("train --problems good.txt --resume --prompts_per_step 2", "no whole checkpoint"), ("train --problems good.txt", "lower prompts_per_step"), ("train --output_dir good.txt/run --num_problems 90", "output_dir"),
+    ("sft --preset huge", "tiny, small, paper"), ("sft --problems good.txt", "lower --held_out"), ("plot .", "no metrics.jsonl"), ("convert nowhere.pt out", "no checkpoint"),
+    ("demo --output_dir .", "choose another"),
+])
+def test_what_cannot_be_done_is_one_line_and_status_2(line, says, tmp_path):
+    write_problems(tmp_path / "good.txt", generate_problems(8, 2, 2, seed=3))
+    (tmp_path / "bad.txt").write_text("^ a P 4 ⁇ ^ a P 2\n+ a\n")
+    (tmp_path / "many.txt").write_text("* b0 b1 ⁇ a\n")
+    (tmp_path / "bad.yaml").write_text("learnig_rate: 1e-4\n")
+    done = bgrpo(*line.split(), cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout, done.stdout + done.stderr
+    lines = [row for row in done.stderr.splitlines() if row.strip()]
+    assert len(lines) == 1 and lines[0].startswith("bgrpo") and says in lines[0], done.stderr
+
+
+def test_generate_filter_evaluate_train_plot(tmp_path):
+    "A user's own file through every command"
+    def ok(*words):
+        done = bgrpo(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+    ok("generate", "p.txt", "--n", 60, "--degrees", "2_2", "--seed", 77)
+    assert read_problems(tmp_path / "p.txt") == generate_problems(60, 2, 2, seed=77)
+    assert "kept" in ok("filter", "--problems", "p.txt", "--out", "kept.txt", "--num_beams", 8, "--limit", 40)
+    kept = read_problems(tmp_path / "kept.txt")
+    assert 20 < len(kept) <= 40 and set(kept) <= set(read_problems(tmp_path / "p.txt"))
+    assert "beam rank score" in ok("evaluate", "--problems", "p.txt", "--limit", 10, "--out", "report.json", "--wide_beams", 12, "--num_samples", 2)
+    report = Report.from_json(tmp_path / "report.json")
+    assert len(report) == 10 and report.metrics["beam_accuracy"] > 0.5
+    (tmp_path / "c.yaml").write_text("beam_width: 4\nuse_beam: true\nmax_steps: 5\nlearning_rate: 1e-5\n")
+    said = ok("train", "--config", "c.yaml", "--problems", "kept.txt", "--output_dir", "run", "--prompts_per_step", 4, "--max_steps", 2, "--eval_steps", 2, "--held_out", 6)
+    assert said.count("6 problems") == 2
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [r["step"] for r in rows if "eval_beam_rank_score" in r] == [0, 2]
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["step"] == 2 and result["versions"]["torch"] and result["seed"] == 42
+    assert "learning_rate: 1.0e-05" in (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/plots/history.png").unlink()
+    ok("plot", "run")
+    assert (tmp_path / "run/plots/history.png").stat().st_size > 5000
+
+
+def test_multivariate_and_on_singlets_are_made(tmp_path):
+    for kind in ("multivariate", "on_singlets"):
+        assert bgrpo("generate", f"{kind}.txt", "--n", 20, "--kind", kind, cwd=tmp_path).returncode == 0
+        assert len(read_problems(tmp_path / f"{kind}.txt")) == 20
+
+
+def test_a_published_file_is_evaluated(shared, tmp_path):
+    "The authors' 19 M model solves 147 of the first 300 greedily, by the integer rule; here the first 60"
+    done = bgrpo("evaluate", "--model", "tiny", "--problems", shared / "published/test_dataset_2_2.txt", "--limit", 60, "--domain", "ZZ", "--out", "r.json",
+                 "--wide_beams", 12, "--num_samples", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = Report.from_json(tmp_path / "r.json").metrics
+    assert metrics["greedy_accuracy"] > 147 / 300 and metrics["beam_accuracy"] > 0.9
+
+
+def test_a_published_file_is_trained_on(shared, tmp_path):
+    done = bgrpo("train", "--model", "tiny", "--problems", shared / "published/test_dataset_2_2.txt", "--output_dir", "run", "--max_steps", 1, "--prompts_per_step", 4,
+                 "--num_generations", 4, "--held_out", 4, "--num_samples", 2, "--wide_beams", 4, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "run/policy/model.safetensors").exists(), done.stderr[-2000:]
+
+
+def test_convert_there_and_back(shared, tmp_path):
+    assert bgrpo("convert", shared / "reference_checkpoint/model.pt", "hf", cwd=tmp_path).returncode == 0
+    assert bgrpo("convert", "hf", "back.pt", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "back.pt").exists()
+
+
+def test_the_demo_in_miniature(tmp_path):
+    done = bgrpo("demo", "--steps", 2, "--pool", 150, "--held_out", 12, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for title in ("3∘2, learnt here (12 held-out problems)", "2∘2, known before (12 held-out problems)", "beam rank score", "difference"): assert title in done.stdout
+    folder = tmp_path / "runs/demo"
+    for name in ("config.yaml", "metrics.jsonl", "result.json", "plots/history.png", "policy/config.json", "checkpoint-2/trainer_state.json", "reports/3_2_before.json"):
+        assert (folder / name).exists(), name
+    before, after = (Report.from_json(folder / f"reports/3_2_{when}.json") for when in ("before", "after"))
+    assert [r.expanded for r in before.rows] == [r.expanded for r in after.rows]
+    assert bgrpo("demo", "--steps", 1, "--pool", 150, "--held_out", 4, cwd=tmp_path).returncode == 0  # an earlier demo is replaced
+
+
+def test_the_demo_measures_on_problems_that_the_policy_never_saw():
+    "tiny was trained on 332,800 problems of seed 0 (configs/sft/tiny.yaml)"
+    demo = {polynomial_key(p.expanded) for p in generate_problems(150, 2, 2, seed=10_000)}
+    trained = generate_problems(2600 * 128, 2, 2, seed=0, canonical=True)
+    texts = {p.expanded for p in generate_problems(150, 2, 2, seed=10_000)}
+    assert len(demo) == len(texts) == 150 and not texts & {p.expanded for p in trained}

@@ -1,0 +1,44 @@
+"Two steps of BGRPO on the CPU, alone or under torchrun; what each process saw is written to a folder. Run by test_trainer.py."
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from bgrpo_nb.data import generate_problems
+from bgrpo_nb.model import decode_completions, load_model, load_tokenizer
+from bgrpo_nb.rewards import decomposition_reward
+from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
+
+folder, policy, rows, share = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "share"
+torch.set_num_threads(1)
+tokenizer, seen = load_tokenizer(policy), []
+algebra = decomposition_reward(lambda ids: decode_completions(tokenizer, ids))
+
+
+def reward(prompts, completion_ids, beam_rank, beam_score, **kwargs):
+    rewards = [r + len(ids) / 50 for r, ids in zip(algebra(prompts, completion_ids, beam_rank), completion_ids)]  # an untrained policy solves nothing
+    seen.append(dict(prompts=prompts, ids=completion_ids, ranks=beam_rank, scores=beam_score, rewards=rewards))
+    return rewards
+
+
+prompts = [p.prompt for p in generate_problems(4, 2, 2, seed=5) + generate_problems(4, 3, 2, seed=5)]
+config = BGRPOConfig(output_dir=str(folder), num_generations=4, per_device_train_batch_size=rows, max_steps=2, max_completion_length=8, learning_rate=1e-3,
+                     warmup_steps=0, use_cpu=True, disable_tqdm=True, save_strategy="no", seed=1, share_prefixes=share)
+trainer = BGRPOTrainer(load_model(policy, device="cpu"), reward, config, Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer)
+batches = []
+generate = trainer._generate_and_score_completions
+
+
+def keep(inputs):
+    out = generate(inputs)
+    batches.append(out["advantages"].tolist())
+    return out
+
+
+trainer._generate_and_score_completions = keep
+trainer.train()
+index = trainer.accelerator.process_index
+(folder / f"seen_{index}.json").write_text(json.dumps(dict(seen=seen, advantages=batches)))
+if index == 0: torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), folder / "state.pt")
