@@ -203,7 +203,7 @@ def trie_logps(model,                  # wrapped or not
                temperature: float = 1.0,
                compute_entropy: bool = False,
                max_elements: int = 2**26, # of mask and logits in one forward; a single group may exceed it
-               ) -> tuple[Tensor, Tensor | None]: # (N, C) float32 log-probabilities and entropies, nats; 0 on padding
+               ) -> tuple[Tensor, Tensor | None]: # (N, C) log-probabilities and entropies, nats, at least float32; 0 on padding
     "Log-probability of each completion token, each distinct beginning forwarded once"
     C, device, plain = logits_to_keep, input_ids.device, extract_model_from_parallel(model)
     found = []
@@ -213,7 +213,8 @@ def trie_logps(model,                  # wrapped or not
         mask = torch.zeros(sees.shape, dtype=plain.dtype, device=device).masked_fill_(~sees, lowest)[:, None]
         with tree_attention_on(plain):
             logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=M + 1).logits
-        logp = (logits[:, -M - 1:].float() / temperature).log_softmax(-1)
+        logits = logits[:, -M - 1:].to(torch.promote_types(logits.dtype, torch.float32))
+        logp = (logits / temperature).log_softmax(-1)
         entropy = -(logp.exp() * logp).sum(-1) if compute_entropy else None
         for b, g in enumerate(groups):
             rows = torch.from_numpy(g.rows).to(device)

@@ -1,0 +1,126 @@
+"""Gradients over the group's trie against full rows, and a whole optimizer step against stock `GRPOTrainer` with beams by `generate`.
+
+6 layers x 512, prompts of degree 4 of 4 (about 250 tokens), 40 new tokens, 25 beams, fp32 on a CPU. Ratios are of two things timed in one run;
+peak memory is that of a process which does one of the two alone.
+
+    python benchmarks/bench_training.py [--quick]      # quick: 4 prompts a step instead of 20"""
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from _record import record
+
+K, C = 25, 40
+
+
+def build(position="rotary"):
+    from bgrpo_nb.model import new_model
+    return new_model("paper", position=position, initializer_range=0.1)
+
+
+def logps_and_gradients():
+    "One group: forward and backward over the trie and over full rows, in turns"
+    from bgrpo_nb.data import generate_problems
+    from bgrpo_nb.model import encode, load_tokenizer
+    from bgrpo_nb.trl_batching import roll_out, trie_logps
+    found, tokenizer = {}, load_tokenizer("single")
+    for name, position in (("llama", "rotary"), ("gpt2", "learned")):
+        model = build(position)
+        prompt = encode(tokenizer, [generate_problems(1, 4, 4, seed=9)[0].prompt]).input_ids
+        group = roll_out(model, prompt.tolist(), K, C, None, 0)[0]
+        ids = torch.cat([prompt.expand(K, -1), torch.tensor([c.ids for c in group])], 1)
+        mask = torch.ones_like(ids)
+
+        def trie(): return trie_logps(model, ids, mask, C)[0]
+        def rows(): return model(input_ids=ids, attention_mask=mask, logits_to_keep=C + 1).logits[:, :-1].log_softmax(-1).gather(2, ids[:, -C:, None])[..., 0]
+        def timed(f):
+            model.zero_grad()
+            start = time.perf_counter()
+            logps = f()
+            logps.sum().backward()
+            return time.perf_counter() - start, logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+        (_, a, ga), (_, b, gb) = timed(trie), timed(rows)
+        assert (a - b).abs().max() < 1e-4 and (ga - gb).norm() / gb.norm() < 1e-4, "the two forms differ"
+        times = [(timed(trie)[0], timed(rows)[0]) for _ in range(3)]
+        fast, slow = (statistics.median(t) for t in zip(*times))
+        found[f"log-probabilities with gradients, {name}"] = dict(prompt=prompt.shape[1], seconds=round(fast, 3), full_rows_seconds=round(slow, 3),
+                                                                  speedup=round(slow / fast, 2), logps_differ=float((a - b).abs().max()))
+        print(name, found[f"log-probabilities with gradients, {name}"], flush=True)
+    return found
+
+
+def stock_trainer(model, tokenizer, reward, config, dataset):
+    "TRL's own trainer; beams by `generate`, one prompt at a time, through its rollout function"
+    from trl import GRPOTrainer
+
+    def rollout(prompts, trainer):
+        from trl.models import unwrap_model_for_generation
+        prompt_ids = [tokenizer(p)["input_ids"] for p in prompts]
+        completions = []
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as plain, torch.no_grad():
+            for i in range(0, len(prompts), K):
+                ids = torch.tensor([prompt_ids[i]])
+                out = plain.generate(ids, attention_mask=torch.ones_like(ids), num_beams=K, num_return_sequences=K, length_penalty=0.0, do_sample=False, max_new_tokens=C,
+                                     pad_token_id=0)
+                completions += out[:, ids.shape[1]:].tolist()
+        return dict(prompt_ids=prompt_ids, completion_ids=completions, logprobs=None, beam_rank=[i % K for i in range(len(prompts))])
+
+    return GRPOTrainer(model, reward, config, dataset, processing_class=tokenizer, rollout_func=rollout)
+
+
+def one_step(kind, prompts, beta, folder):
+    "An optimizer step of `kind` in this process; the second of two counts"
+    from datasets import Dataset
+
+    from bgrpo_nb.data import generate_problems
+    from bgrpo_nb.model import decode_completions, load_model, load_tokenizer
+    from bgrpo_nb.rewards import decomposition_reward
+    from bgrpo_nb.runs import show_progress
+    from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    tokenizer, model = load_tokenizer(folder), load_model(folder, device="cpu")
+    model.generation_config.eos_token_id = None
+    steps = 2 if kind == "ours" else 1
+    config = BGRPOConfig(output_dir=os.path.join(folder, kind), num_generations=K, per_device_train_batch_size=K, gradient_accumulation_steps=prompts, max_steps=steps, max_completion_length=C,
+                         beta=beta, use_cpu=True, disable_tqdm=True, save_strategy="no")
+    algebra = decomposition_reward(lambda ids: decode_completions(tokenizer, ids))
+    def reward(prompts, completion_ids, beam_rank, **kwargs): return [r + k / 100 for r, k in zip(algebra(prompts, completion_ids, beam_rank), beam_rank)]
+    dataset = Dataset.from_dict({"prompt": [p.prompt for p in generate_problems(prompts, 4, 4, seed=8)]})
+    trainer = BGRPOTrainer(model, reward, config, dataset, processing_class=tokenizer) if kind == "ours" else stock_trainer(model, tokenizer, reward, config, dataset)
+    show_progress(trainer)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = (time.perf_counter() - start) / steps
+    print(json.dumps(dict(seconds=round(seconds, 2), peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))))
+
+
+def whole_steps(prompts):
+    "Each kind in a process of its own, one after the other"
+    from bgrpo_nb.model import load_tokenizer, save_model
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(build(), load_tokenizer("single"), folder)
+        for beta in (0.0, 0.01):
+            rows = {}
+            for kind in ("ours", "stock", "ours"):
+                done = subprocess.run([sys.executable, __file__, "--step", kind, str(prompts), str(beta), folder], capture_output=True, text=True)
+                if done.returncode: raise SystemExit(done.stderr)
+                row = json.loads(done.stdout.strip().splitlines()[-1])
+                rows[kind] = row if kind not in rows else dict(seconds=round((row["seconds"] + rows[kind]["seconds"]) / 2, 2), peak_gib=max(row["peak_gib"], rows[kind]["peak_gib"]))
+            name = f"optimizer step, {prompts} prompts x {K} beams, beta={beta}"
+            found[name] = dict(**rows["ours"], stock_seconds=rows["stock"]["seconds"], stock_peak_gib=rows["stock"]["peak_gib"],
+                               speedup=round(rows["stock"]["seconds"] / rows["ours"]["seconds"], 2), memory=round(rows["ours"]["peak_gib"] / rows["stock"]["peak_gib"], 3))
+            print(name, found[name], flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    if "--step" in sys.argv: one_step(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])
+    else: record("training", logps_and_gradients() | whole_steps(4 if "--quick" in sys.argv else 20))
