@@ -156,6 +156,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'bgrpo_nb.polynomial._read': ('polynomial.html#_read', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial._root': ('polynomial.html#_root', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial._size': ('polynomial.html#_size', 'bgrpo_nb/polynomial.py'),
+                                     'bgrpo_nb.polynomial._skip': ('polynomial.html#_skip', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial._sum': ('polynomial.html#_sum', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial._symbols': ('polynomial.html#_symbols', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial._term': ('polynomial.html#_term', 'bgrpo_nb/polynomial.py'),

@@ -45,7 +45,7 @@ from typing import Sequence
 from flint import Ordering, fmpq, fmpq_poly, fmpz_mpoly_ctx, fmpz_poly
 
 # %% ../nbs/00_polynomial.ipynb #b0aa9603
-MAX_CHARS = 16_000      # of a completion; a published answer has at most 150
+MAX_CHARS = 8_000       # of a completion; a published answer has at most 300
 MAX_DEGREE = 128        # total degree of any intermediate polynomial
 MAX_BITS = 512          # of any coefficient
 MAX_WORK = 60_000       # products of terms, summed over one text
@@ -59,12 +59,12 @@ class TooLargeError(PrefixError):
 
 # %% ../nbs/00_polynomial.ipynb #2cd44dff
 OPERATORS = {"+", "*", "^"}
-VARIABLE = re.compile(r"[a-z]\d*")
+VARIABLE = re.compile(r"[a-z]\d{0,6}", re.ASCII)
 
 def find_variables(tokens: Sequence[str], # words of prefix notation
                    ) -> tuple[str, ...]:  # distinct variables, in natural order
-    "The variables that a text uses: a letter, with digits behind it or not"
-    return tuple(sorted({t for t in tokens if VARIABLE.fullmatch(t)}, key=lambda v: (v[0], int(v[1:] or 0))))
+    "The variables that a text uses: a letter, with up to six digits behind it"
+    return tuple(sorted((t for t in set(tokens) if VARIABLE.fullmatch(t)), key=lambda v: (v[0], int(v[1:] or 0))))
 
 # %% ../nbs/00_polynomial.ipynb #723f9487
 class _Budget:
@@ -100,9 +100,14 @@ def _apply(operator, left, right, budget):
     budget.spend(n if n == 1 else min(n ** min(right, 12), MAX_WORK + 1), d * right, (b + n.bit_length()) * right if n > 1 else b * right)
     return left ** right
 
+def _skip(operator, left, right, budget):
+    "Stands in for `_apply` where nothing is to be computed"
+    return left
+
 # %% ../nbs/00_polynomial.ipynb #15001ff4
 def _read(tokens: Sequence[str], # words
           symbols: dict,         # variable -> its polynomial
+          apply=_apply,          # `_skip`: read for the form alone
           ): # int, fmpz_poly or fmpz_mpoly
     "Evaluate prefix notation from right to left; PrefixError names the token at fault"
     stack, digits, budget, position = [], [], _Budget(), len(tokens)
@@ -115,13 +120,13 @@ def _read(tokens: Sequence[str], # words
                 continue
             elif token == "P" or token == "N":
                 if not digits: raise PrefixError("digits are missing behind it")
-                if len(digits) > MAX_BITS // 3: raise TooLargeError(f"a number of {len(digits)} digits is too long")
-                value = int("".join(reversed(digits)))
+                if len(number := "".join(reversed(digits))) > MAX_BITS // 3: raise TooLargeError(f"a number of {len(number)} digits is too long")
+                value = int(number)
                 if token == "N": value = -value
                 digits.clear()
             elif token in OPERATORS and not digits:
                 if len(stack) < 2: raise PrefixError("an operand is missing behind it")
-                value = _apply(token, stack.pop(), stack.pop(), budget)
+                value = apply(token, stack.pop(), stack.pop(), budget)
             elif not digits: raise PrefixError("it is no operator, number or variable of this notation")
             if digits: raise PrefixError("digits without P or N stand behind it")
             stack.append(value)
@@ -329,7 +334,7 @@ def _problem_in(text: str, variables: tuple[str, ...]): # fmpz_mpoly
 # %% ../nbs/00_polynomial.ipynb #8887c9c3
 def _outer_text(digits) -> str:
     "Prefix notation of an outer polynomial in b, rational coefficients as `P 1 / P 2`"
-    def number(c): return _number(int(c.p)) + (f" / {_number(int(c.q))}" if c.q != 1 else "")
+    def number(c): return _number(c.p) + (f" / {_number(c.q)}" if c.q != 1 else "")
     return _sum([" ".join(filter(None, ["* " * bool(d) + number(c), _power("b", d) if d else ""]))
                  for d, c in enumerate(map(fmpq, digits)) if c])
 
@@ -368,8 +373,10 @@ def _verify_inner(problem, text, domain, allow_trivial) -> Verdict:
     h = read_terms(text, variables[0]) if len(variables) == 1 else None
     if h is None:
         tokens = text.split()
-        if not set(find_variables(tokens)) <= set(variables):
-            _read(tokens, _symbols(find_variables(tokens)))
+        found = find_variables(tokens)
+        _read(tokens, dict.fromkeys(found, 0), _skip)  # malformed text ends here, before anything is computed
+        if not set(found) <= set(variables):
+            _read(tokens, _symbols(found))
             return Verdict(False, "not_a_decomposition")
         h = _lift(_read(tokens, _symbols(variables)), _symbols(variables))
     d = len(h) - 1 if isinstance(h, list) else _size(h)[1]
