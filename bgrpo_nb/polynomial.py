@@ -97,6 +97,7 @@ def _apply(operator, left, right, budget):
         return left * right
     if not isinstance(right, int) or right < 0: raise PrefixError("an exponent must be a number that is not negative")
     if right > MAX_DEGREE: raise TooLargeError(f"an exponent of {right} is above {MAX_DEGREE}")
+    if isinstance(left, fmpz_poly) and left.is_gen(): n = 1  # dense, yet one term
     budget.spend(n if n == 1 else min(n ** min(right, 12), MAX_WORK + 1), d * right, (b + n.bit_length()) * right if n > 1 else b * right)
     return left ** right
 

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 import time
-from fractions import Fraction
 from math import gcd
 from pathlib import Path
 
@@ -12,54 +11,13 @@ import pytest
 import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import agrees, compose, draw, value
 
-from bgrpo_nb.polynomial import (MAX_CHARS, REASONS, PrefixError, TooLargeError, canonical_inner, coefficients, decompose_exact, degree,
-                                 find_variables, format_prefix, parse, read_terms, same_inner, to_prefix, to_sympy, verify, verify_batch,
+from bgrpo_nb.polynomial import (MAX_CHARS, MAX_DEGREE, REASONS, PrefixError, TooLargeError, canonical_inner, coefficients, decompose_exact, degree,
+                                 format_prefix, parse, read_terms, same_inner, to_prefix, to_sympy, verify, verify_batch,
                                  verify_with_sympy)
 
 steady = settings(derandomize=True, deadline=None, database=None)
-NUMBER = re.compile(r"([PN])((?: \d)+)(?: / P((?: \d)+))?")
-
-
-def value(text, point):
-    "Recursive evaluation of prefix notation at `point`: the slow oracle of this file"
-    def plain(m): return (m[1].replace("P", "").replace("N", "-") + m[2] + "/" + (m[3] or "1")).replace(" ", "")
-    words = iter(NUMBER.sub(plain, text).split())
-    def read():
-        word = next(words)
-        if word in ("+", "*", "^"):
-            a, b = read(), read()
-            return a + b if word == "+" else a * b if word == "*" else a ** int(b)
-        return point[word] if word in point else Fraction(word)
-    result = read()
-    assert next(words, None) is None
-    return result
-
-
-def agrees(f, outer, inners, rng=random.Random(0)):
-    "Whether f = outer(inner0, inner1, ...) at three random points; a difference would show at nearly every point"
-    names = find_variables(f.split() + [w for h in inners for w in h.split()])
-    for _ in range(3):
-        point = {v: rng.randrange(10**6, 10**9) for v in names}
-        values = [value(h, point) for h in inners]
-        slots = {f"b{i}": v for i, v in enumerate(values)} | {"b": values[0]}
-        if value(f, point) != value(outer, slots): return False
-    return True
-
-
-def compose(g, h):
-    "Coefficients of g(h), schoolbook"
-    out = [0]
-    for c in reversed(g):
-        product = [0] * (len(out) + len(h) - 1)
-        for i, a in enumerate(out):
-            for j, b in enumerate(h): product[i + j] += a * b
-        product[0] += c
-        out = product
-    return out
-
-
-def draw(rng, degree, bound): return [rng.randint(-bound, bound) for _ in range(degree)] + [rng.choice([-1, 1]) * rng.randint(1, bound)]
 
 
 def published(shared, name): return (shared / f"published/{name}.txt").read_text(encoding="utf-8").splitlines()
@@ -151,7 +109,7 @@ def near_miss(rng, h, kind):
 def test_verify_agrees_with_sympy(kind):
     rng, valid = random.Random(kind), 0
     for i in range(400):
-        g, h = draw(rng, rng.choice([2, 2, 3]), 6), draw(rng, rng.choice([2, 2, 3]), 6)
+        g, h = (draw(rng, d, 6) for d in rng.choice([(2, 2), (2, 2), (2, 3), (3, 2)]))
         f, guess, domain = format_prefix(compose(g, h)), format_prefix(near_miss(rng, h, kind)), ("QQ", "ZZ")[i % 2]
         found = verify(f, guess, domain)
         assert found.valid == verify_with_sympy(f, guess, domain), (f, guess, domain, found)
@@ -226,6 +184,13 @@ def test_reading_undoes_writing(p):
     while len(p) > 1 and not p[-1]: p = p[:-1]
     assert [*coefficients(text), *([0] if not any(p) else [])] == p == read_terms(text)
     assert to_prefix(parse(text)) == text and value(text, {"a": 11}) == sum(c * 11**d for d, c in enumerate(p))
+
+
+@pytest.mark.parametrize("n", [1, 2, 36, MAX_DEGREE])
+def test_dense_polynomials_are_read_up_to_the_bound(n):
+    p = draw(random.Random(n), n, 10**30)
+    assert coefficients(format_prefix(p)) == p == read_terms(format_prefix(p))
+    with pytest.raises(TooLargeError): parse(format_prefix([0] * MAX_DEGREE + p))
 
 
 @pytest.mark.parametrize("text,fault", [
