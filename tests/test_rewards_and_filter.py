@@ -261,7 +261,8 @@ def test_decompose_many_ways():
 
 @pytest.mark.parametrize("wrong,fault", [
     ("not a polynomial (", "neither prefix notation"), ("", "neither prefix notation"), (sympy.sin(x), "not a polynomial"), (x / 2 + x**4, "not integers"),
-    (1 / x, "not a polynomial"), ("x**4 + alpha*x", "a letter and digits"), ("import os", "neither prefix notation")])
+    (1 / x, "not a polynomial"), ("x**4 + alpha*x", "neither prefix notation"), (sympy.Symbol("alpha")**4, "a letter and digits"),
+    ("__import__('os').getcwd()", "neither prefix notation"), ("exec(a)", "neither prefix notation"), ("(lambda: 1)()", "neither prefix notation"), ("1" * 90 + "!", "neither prefix"), ("x x", "neither prefix")])
 def test_decompose_refuses_in_one_line(wrong, fault):
     with pytest.raises(ValueError, match=fault) as error: decompose(wrong)
     assert "\n" not in str(error.value)
