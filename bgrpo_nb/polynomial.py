@@ -31,8 +31,8 @@ coefficients. Take the root as a power series, and let division decide."""
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEGREE', 'MAX_BITS', 'MAX_WORK', 'OPERATORS', 'VARIABLE', 'REASONS', 'PrefixError', 'TooLargeError',
            'find_variables', 'parse', 'degree', 'format_prefix', 'to_prefix', 'coefficients', 'to_sympy', 'from_sympy',
-           'canonical_coefficients', 'canonical_inner', 'same_inner', 'Verdict', 'base_digits', 'read_terms', 'verify',
-           'verify_batch', 'verify_with_sympy', 'decompose_exact']
+           'canonical_coefficients', 'canonical_inner', 'same_inner', 'Verdict', 'base_digits', 'is_formed',
+           'read_terms', 'verify', 'verify_batch', 'verify_with_sympy', 'decompose_exact']
 
 # %% ../nbs/00_polynomial.ipynb #1ed7e530
 import re
@@ -101,14 +101,9 @@ def _apply(operator, left, right, budget):
     budget.spend(n if n == 1 else min(n ** min(right, 12), MAX_WORK + 1), d * right, (b + n.bit_length()) * right if n > 1 else b * right)
     return left ** right
 
-def _skip(operator, left, right, budget):
-    "Stands in for `_apply` where nothing is to be computed"
-    return left
-
 # %% ../nbs/00_polynomial.ipynb #15001ff4
 def _read(tokens: Sequence[str], # words
           symbols: dict,         # variable -> its polynomial
-          apply=_apply,          # `_skip`: read for the form alone
           ): # int, fmpz_poly or fmpz_mpoly
     "Evaluate prefix notation from right to left; PrefixError names the token at fault"
     stack, digits, budget, position = [], [], _Budget(), len(tokens)
@@ -127,7 +122,7 @@ def _read(tokens: Sequence[str], # words
                 digits.clear()
             elif token in OPERATORS and not digits:
                 if len(stack) < 2: raise PrefixError("an operand is missing behind it")
-                value = apply(token, stack.pop(), stack.pop(), budget)
+                value = _apply(token, stack.pop(), stack.pop(), budget)
             elif not digits: raise PrefixError("it is no operator, number or variable of this notation")
             if digits: raise PrefixError("digits without P or N stand behind it")
             stack.append(value)
@@ -348,6 +343,22 @@ def _finish(digits, domain) -> Verdict:
 # %% ../nbs/00_polynomial.ipynb #94de3997
 _TERM = re.compile(r"(\+ )?(\* )?([PN])((?: \d){1,150})(?: (\^ )?([a-z]\d*)(?: P((?: \d){1,3}))?)?(?: |$)", re.ASCII)
 
+def is_formed(tokens: Sequence[str], # words
+              ) -> bool:
+    "Whether words make one expression of prefix notation; nothing is computed"
+    due, number = 1, 0  # operands that are still to come; 1 behind a sign, 2 behind its digits
+    for token in tokens:
+        if token.isdigit() and token.isascii():
+            if not number: return False
+            number = 2
+            continue
+        if number == 1 or not due: return False
+        number = token == "P" or token == "N"
+        if token in OPERATORS: due += 1
+        elif number or VARIABLE.fullmatch(token): due -= 1
+        else: return False
+    return not due and number != 1
+
 def read_terms(text: str, # prefix notation, tokens apart by one space
                variable: str = "a",
                ) -> list[int] | None: # ascending coefficients; None: not a plain sum of terms in this variable
@@ -374,8 +385,8 @@ def _verify_inner(problem, text, domain, allow_trivial) -> Verdict:
     h = read_terms(text, variables[0]) if len(variables) == 1 else None
     if h is None:
         tokens = text.split()
+        if not is_formed(tokens): return Verdict(False, "not_prefix_notation")
         found = find_variables(tokens)
-        _read(tokens, dict.fromkeys(found, 0), _skip)  # malformed text ends here, before anything is computed
         if not set(found) <= set(variables):
             _read(tokens, _symbols(found))
             return Verdict(False, "not_a_decomposition")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracles import agrees, compose, draw, value
 
 from bgrpo_nb.polynomial import (MAX_CHARS, MAX_DEGREE, REASONS, PrefixError, TooLargeError, canonical_inner, coefficients, decompose_exact, degree,
-                                 format_prefix, parse, read_terms, same_inner, to_prefix, to_sympy, verify, verify_batch,
+                                 format_prefix, is_formed, parse, read_terms, same_inner, to_prefix, to_sympy, verify, verify_batch,
                                  verify_with_sympy)
 
 steady = settings(derandomize=True, deadline=None, database=None)
@@ -275,6 +275,16 @@ words = st.sampled_from(["+", "*", "^", "P", "N", *"0123456789", "a", "a0", "a1"
 @given(st.lists(words, max_size=60).map(" ".join), st.sampled_from(sorted(PROBLEMS.values())), st.booleans(), st.sampled_from(["QQ", "ZZ"]))
 def test_token_soup_ends_in_a_reason(text, problem, allow_trivial, domain):
     assert verify(problem, text, domain, allow_trivial).reason in REASONS
+
+
+@settings(steady, max_examples=600)
+@given(st.one_of(st.lists(words, max_size=14).map(" ".join), st.lists(st.sampled_from(["+ a", "* P 2", "^ a P 2", "a", "P", "1"]), max_size=8).map(" ".join)))
+def test_the_quick_look_at_the_form_agrees_with_the_reader(text):
+    try: parse(text)
+    except PrefixError as e:
+        if isinstance(e, TooLargeError) or "an exponent must" in str(e): return  # found before the form was read to its end
+        assert not is_formed(text.split())
+    else: assert is_formed(text.split())
 
 
 @settings(steady, max_examples=300)
