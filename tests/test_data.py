@@ -246,13 +246,17 @@ def test_a_file_that_holds_no_problems(tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no file"): read_problems(nowhere)
 
 
-def test_writing_is_whole_or_not_at_all(tmp_path):
+def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     made = generate_problems(20, 2, 2)
     path = write_problems(tmp_path / "problems.txt", made)
     def broken():
         yield from islice(made, 5)
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): write_problems(path, broken())
+    assert read_problems(path) == made
+    def full(*paths): raise OSError("no space")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"): write_problems(path, made[:3])
     assert read_problems(path) == made
 
 

@@ -229,7 +229,7 @@ HOSTILE = {
     "ones": "* P 1 " * (MAX_CHARS // 6 - 20) + "^ + a0 + a1 + a2 a3 P 3", "minus ones": "* N 1 " * (MAX_CHARS // 6 - 3) + "^ a P 2",
     "deep to the left": "+ " * 1900 + "a " * 1901, "powers of one": "^ " * 900 + "+ a P 1 " + "P 1 " * 900, "operators alone": "+ * ^ " * 1000,
     "huge power": "^ a P 9 9 9 9 9 9 9", "tower": "^ ^ ^ a P 9 P 9 P 9", "tower of numbers": "^ P 9 ^ P 9 ^ P 9 P 9", "squares of squares": "^ " * 30 + "+ a P 1 " + "P 2 " * 30,
-    "power of a sum": "^ + a0 + a1 + a2 + a3 a4 P 9", "wide power": "^ + a P 1 P 1 2 8", "power of many": "^ " + "+ " * 60 + " ".join(f"a{i}" for i in range(61)) + " P 3",
+    "power of a sum": "^ + a0 + a1 + a2 + a3 a4 P 9", "wide power": "^ + a P 1 P 1 2 8", "power of many": "^ " + "+ " * 60 + " ".join(f"a{i}" for i in range(61)) + " P 5",
     "sum of products": "+ " * 9 + " ".join(["* + a0 + a1 a2 * + a0 + a3 a4 + a1 + a5 a6"] * 10), "product of sums": "* " * 15 + " ".join(f"+ a{i} P 1" for i in range(16)),
     "product of powers": "* " * 9 + " ".join(["^ + a0 + a1 a2 P 2"] * 10), "nested sums": "* + a P 1 " * 300 + "a",
     "number, digit by digit": "P " + "9 " * 3900, "number in one word": "P " + "9" * 5000, "large coefficients": f"+ P {NINES} + * N {NINES} a * P {NINES} ^ a P 2",
@@ -254,6 +254,16 @@ def test_hostile_completions_end_in_a_reason_soon(name):
             seconds.append(time.perf_counter() - start)
             assert verdict.reason in REASONS and verdict.valid == (verdict.reason == "ok")
         assert min(seconds) < 0.05
+
+
+@pytest.mark.parametrize("name,reason", [
+    ("never ended", "not_prefix_notation"), ("10,000 tokens", "too_large"), ("ones", "not_a_decomposition"), ("minus ones", "ok"), ("huge power", "too_large"),
+    ("tower", "too_large"), ("power of many", "too_large"), ("product of sums", "too_large"), ("number in one word", "too_large"),
+    ("large factor", "ok"), ("long name", "not_prefix_notation"), ("unicode digits", "not_prefix_notation"), ("exponent below 0", "not_prefix_notation"),
+    ("nothing", "degree_mismatch"), ("& behind", "not_prefix_notation"), ("& 64 inners", "degree_mismatch"), ("& huge slot", "not_prefix_notation"), ("separators", "not_prefix_notation")])
+def test_the_reason_fits_the_hostile_completion(name, reason):
+    for problem in ("degree 16", "degree 128") if reason != "ok" else ["degree 128"]:
+        assert verify(PROBLEMS[problem], HOSTILE[name]).reason == reason
 
 
 def test_hostile_completions_take_little_memory():

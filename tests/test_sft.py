@@ -97,6 +97,10 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(config, monkeypatch):
 
     expected, end = figures(whole.output_dir), weights(f"{whole.output_dir}/policy")
     assert [row["step"] for row in expected if "loss" in row] == list(range(1, 25))
+    tokenizer, model = load_tokenizer("single"), load_model(whole.model, device="cpu")
+    samples = list(make_samples(whole, tokenizer)[0])
+    with torch.no_grad(): first = model(**collate(samples[:16], tokenizer.pad_token_id)).loss.item()
+    assert expected[0]["loss"] == pytest.approx(first, abs=1e-5), "samples are seen in their order"
     for broken in ("halted", "torn"):
         again = train_policy(config(broken, resume=True))
         assert (again["step"], again["stopped"]) == (24, False)
