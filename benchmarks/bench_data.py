@@ -36,7 +36,8 @@ def fast_lines(n, outer, inner, seed): return "".join(p.line + "\n" for p in gen
 def main():
     results = {}
     for outer, inner, n, few, target in ((2, 2, 100_000, 150, 100_000), (4, 4, 50_000, 40, 40_000)):
-        parts = [[coefficients(part) for part in p.answer.split(" & ")] for p in generate_problems(few, outer, inner, seed=1, answer="both")]
+        drawn = generate_problems(few, outer, inner, seed=1, answer="both")
+        parts = [[coefficients(part) for part in p.answer.split(" & ")] for p in drawn]
         ours, theirs = [], []
         for seed in range(1, 6):
             start = time.perf_counter()

@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from oracles import agrees, compose, names
 from scipy.stats import ks_2samp
 
-from bgrpo_nb.data import (Problem, canonical_rows, compose_rows, filter_by_degree, format_rows, generate_multivariate, generate_on_singlets,
+from bgrpo_nb.data import (Problem, canonical_rows, compose_rows, filter_by_degree, format_rows, generate_multivariate,
+                           generate_on_singlets,
                            generate_problems, mix, polynomial_key, read_problems, split, write_problems)
 from bgrpo_nb.polynomial import PrefixError, canonical_inner, coefficients, degree, format_prefix, parse, verify, verify_batch
 
 steady = settings(derandomize=True, deadline=None, database=None)
 GENERATORS = {"2∘2": lambda n, **k: generate_problems(n, 2, 2, **k), "4∘4": lambda n, **k: generate_problems(n, 4, 4, **k),
-              "canonical": lambda n, **k: generate_problems(n, 3, 2, canonical=True, **k), "both": lambda n, **k: generate_problems(n, 2, 3, answer="both", **k),
+              "canonical": lambda n, **k: generate_problems(n, 3, 2, canonical=True, **k), "both": lambda n,
+              **k: generate_problems(n, 2, 3, answer="both", **k),
               "multivariate": generate_multivariate, "singlets": generate_on_singlets}
 every_generator = pytest.mark.parametrize("kind", GENERATORS)
 
@@ -65,7 +67,8 @@ def test_a_small_space_is_used_up_without_repetition():
              for d1 in (-1, 0, 1) for d2 in (-1, 1)}
     made = generate_problems(len(found), 2, 2, coefficient_bound=1)
     assert {tuple(coefficients(p.expanded)) for p in made} == found
-    with pytest.raises(ValueError, match=f"only {len(found)} distinct problems"): generate_problems(len(found) + 1, 2, 2, coefficient_bound=1)
+    with pytest.raises(ValueError, match=f"only {len(found)} distinct problems"):
+        generate_problems(len(found) + 1, 2, 2, coefficient_bound=1)
 
 
 @every_generator
@@ -76,7 +79,8 @@ def test_every_answer_is_right_and_none_trivial(kind):
         outer, *inners = p.answer.split(" & ") if "&" in p.answer else (verdict.outer, p.answer)
         assert agrees(p.expanded, outer, inners)
         whole = degree(p.expanded)
-        assert 2 <= max(map(degree, inners)) < whole and 2 <= degree(outer) and (len(inners) > 1 or degree(outer) * degree(inners[0]) == whole)
+        assert 2 <= max(map(degree, inners)) < whole and 2 <= degree(outer)
+        assert len(inners) > 1 or degree(outer) * degree(inners[0]) == whole
 
 
 @pytest.mark.parametrize("degrees", [(2, 2), (3, 4), (7, 2), (2, 9), (6, 6)])
@@ -95,7 +99,8 @@ def test_large_coefficients_stay_exact():
     assert max(map(abs, coefficients(p.expanded))) > 2**63
 
 
-rows = st.integers(0, 4).flatmap(lambda d: st.lists(st.lists(st.one_of(st.integers(-20, 20), st.integers(-10**24, 10**24)), min_size=d + 1, max_size=d + 1),
+numbers = st.one_of(st.integers(-20, 20), st.integers(-10**24, 10**24))
+rows = st.integers(0, 4).flatmap(lambda d: st.lists(st.lists(numbers, min_size=d + 1, max_size=d + 1),
                                                     min_size=1, max_size=4))
 
 
@@ -164,7 +169,8 @@ def test_the_authors_form_of_singlets(shared):
             assert terms == firsts | {(u + 1, v + 1): c for (u, v), c in firsts.items()}, p.answer
 
 
-@pytest.mark.parametrize("kind,vocabulary", [("2∘2", "single"), ("4∘4", "single"), ("canonical", "single"), ("multivariate", "multi"), ("singlets", "multi")])
+@pytest.mark.parametrize("kind,vocabulary", [("2∘2", "single"), ("4∘4", "single"), ("canonical", "single"),
+                                             ("multivariate", "multi"), ("singlets", "multi")])
 def test_every_word_is_in_the_vocabulary(kind, vocabulary):
     from bgrpo_nb.model import vocabularies
     assert {w for p in GENERATORS[kind](300, seed=4) for w in p.line.split()} <= set(vocabularies()[vocabulary])
@@ -209,8 +215,10 @@ def test_files_give_back_what_was_written(kind, tmp_path):
 def test_published_files_are_read(shared):
     found = {p.name: read_problems(p) for p in (shared / "published").glob("*.txt") if not p.name.startswith("predictions")}
     assert {name: len(problems) for name, problems in found.items()} == {
-        "test_dataset_2_2.txt": 1000, "test_dataset_2_3.txt": 1000, "test_dataset_3_3.txt": 1000, "test_dataset_4_4.txt": 1000,
-        "training_dataset_4_4_beam25_500samples.txt": 500, "multi_variable_test.txt": 500, "example_multi_test.txt": 200, "ON_data_test.txt": 200}
+        "test_dataset_2_2.txt": 1000, "test_dataset_2_3.txt": 1000, "test_dataset_3_3.txt": 1000,
+        "test_dataset_4_4.txt": 1000,
+        "training_dataset_4_4_beam25_500samples.txt": 500, "multi_variable_test.txt": 500,
+        "example_multi_test.txt": 200, "ON_data_test.txt": 200}
     assert all(verify_batch(*zip(*found["training_dataset_4_4_beam25_500samples.txt"]), domain="ZZ"))
 
 
@@ -218,9 +226,12 @@ GOOD = "+ P 1 * P 2 ^ a P 4 ⁇ ^ a P 2\n"
 
 
 @pytest.mark.parametrize("line,fault", [
-    ("+ P 1 * P 2 ^ a P 4", "one ⁇"), ("^ a P 4 ⁇ ^ a P 2 ⁇", "one ⁇"), ("^ a P 4 ? ^ a P 2 ⁇", "one ⁇"), ("+N10+*P9a⁇+N1a", "one ⁇"),
-    ("+N10+*P9a ⁇ a", "token 1 ('+N10+*P9a')"), ("^ a P 4 ⁇ ^ aP2", "token 2 ('aP2')"), ("+ P 1 ^ a P ⁇ a", "token 6 ('P')"), ("P 7 ⁇ a", "a constant"),
-    ("^ a P 4 ⁇ ^ b P 2 & + a", "token 1 ('+')"), ("^ a P 4 ⁇ & a", "token 1 ('&')"), ("⁇ a", "empty"), ("^ a P 9 9 9 9 ⁇ a", "exponent of 9999"),
+    ("+ P 1 * P 2 ^ a P 4", "one ⁇"), ("^ a P 4 ⁇ ^ a P 2 ⁇", "one ⁇"), ("^ a P 4 ? ^ a P 2 ⁇", "one ⁇"),
+    ("+N10+*P9a⁇+N1a", "one ⁇"),
+    ("+N10+*P9a ⁇ a", "token 1 ('+N10+*P9a')"), ("^ a P 4 ⁇ ^ aP2", "token 2 ('aP2')"),
+    ("+ P 1 ^ a P ⁇ a", "token 6 ('P')"), ("P 7 ⁇ a", "a constant"),
+    ("^ a P 4 ⁇ ^ b P 2 & + a", "token 1 ('+')"), ("^ a P 4 ⁇ & a", "token 1 ('&')"), ("⁇ a", "empty"),
+    ("^ a P 9 9 9 9 ⁇ a", "exponent of 9999"),
 ])
 def test_a_wrong_line_is_named(tmp_path, line, fault):
     path = tmp_path / "mine.txt"
@@ -267,19 +278,26 @@ def test_filter_by_degree():
     assert len(filter_by_degree(problems, 6)) == 40 and filter_by_degree(problems, 7) == []
 
 
-@pytest.mark.parametrize("n_hard,n_easy,share,expected", [(30, 100, 0.5, (30, 30)), (100, 30, 0.25, (10, 30)), (10, 90, 0.1, (10, 90)), (7, 50, 0.3, (7, 16)),
-                                                          (5, 8, 0.0, (0, 8)), (5, 8, 1.0, (5, 0)), (0, 8, 0.5, (0, 0))])
+@pytest.mark.parametrize("n_hard,n_easy,share,expected",
+                         [(30, 100, 0.5, (30, 30)), (100, 30, 0.25, (10, 30)), (10, 90, 0.1, (10, 90)),
+                          (7, 50, 0.3, (7, 16)),
+                                                          (5, 8, 0.0, (0, 8)), (5, 8, 1.0, (5, 0)), (0, 8, 0.5,
+                                                              (0, 0))])
 def test_mix(n_hard, n_easy, share, expected):
     hard, easy = generate_problems(n_hard, 4, 4), generate_problems(n_easy, 2, 2)
     mixed = mix(hard, easy, share, seed=1)
-    assert (len(filter_by_degree(mixed, 16)), len(filter_by_degree(mixed, 4))) == expected and len(set(mixed)) == len(mixed) == sum(expected)
+    assert (len(filter_by_degree(mixed, 16)), len(filter_by_degree(mixed, 4))) == expected
+    assert len(set(mixed)) == len(mixed) == sum(expected)
     assert mixed == mix(hard, easy, share, seed=1)
-    if min(expected) > 5: assert mixed != mix(hard, easy, share, seed=2) and mixed != sorted(mixed, key=lambda p: -degree(p.expanded))
+    if min(expected) > 5:
+        assert mixed != mix(hard, easy, share, seed=2) and mixed != sorted(mixed, key=lambda p: -degree(p.expanded))
 
 
 @pytest.mark.parametrize("call,fault", [
-    (lambda: generate_problems(1, 1, 2), "trivial"), (lambda: generate_problems(-1, 2, 2), "negative"), (lambda: generate_problems(1, 2, 2, coefficient_bound=0), "coefficient"),
-    (lambda: generate_problems(1, 2, 2, answer="outer"), "'inner' or 'both'"), (lambda: generate_multivariate(1, inner_degree=1), "trivial"),
+    (lambda: generate_problems(1, 1, 2), "trivial"), (lambda: generate_problems(-1, 2, 2), "negative"),
+    (lambda: generate_problems(1, 2, 2, coefficient_bound=0), "coefficient"),
+    (lambda: generate_problems(1, 2, 2, answer="outer"), "'inner' or 'both'"),
+    (lambda: generate_multivariate(1, inner_degree=1), "trivial"),
     (lambda: generate_on_singlets(1, fields=1), "two fields"), (lambda: mix([], [], 1.5), "not a share"),
 ])
 def test_settings_that_make_no_problems(call, fault):

@@ -22,9 +22,11 @@ steady = settings(derandomize=True, deadline=None, database=None)
 
 
 @pytest.mark.parametrize("reward,valid,beam_rank,expected", [
-    ("rank", True, 0, 1.0), ("rank", True, 1, 0.9692332344763441), ("rank", True, 24, 0.4723665527410147), ("rank", False, 0, -0.1), ("rank", False, 24, -0.1),
+    ("rank", True, 0, 1.0), ("rank", True, 1, 0.9692332344763441), ("rank", True, 24, 0.4723665527410147),
+    ("rank", False, 0, -0.1), ("rank", False, 24, -0.1),
     ("simple", True, 0, 1.0), ("simple", True, 24, 1.0), ("simple", False, 7, -0.1),
-    ("reverse_rank", True, 0, 1.0), ("reverse_rank", True, 24, 2.117000016612675), ("reverse_rank", False, 0, -0.1), ("reverse_rank", False, 24, -0.04723665527410147)])
+    ("reverse_rank", True, 0, 1.0), ("reverse_rank", True, 24, 2.117000016612675), ("reverse_rank", False, 0, -0.1),
+    ("reverse_rank", False, 24, -0.04723665527410147)])
 def test_the_table_of_rewards(reward, valid, beam_rank, expected):
     assert rewards_of([valid], [beam_rank], reward) == pytest.approx([expected], abs=1e-12)
     assert rewards_of([Verdict(valid, "ok" if valid else "trivial")], [beam_rank], reward) == rewards_of([valid], [beam_rank], reward)
@@ -67,7 +69,8 @@ def test_the_reward_function_judges_once_and_tells_why():
     f, seen = "+ P 1 * P 2 ^ a P 4 ⁇", {}
     log = dict(log_metric=lambda k, v: seen.update({k: v}), log_extra=lambda k, v: seen.update({k: v}))
     pay = decomposition_reward(decode, "rank")
-    assert pay([f] * 5, [[i] for i in range(5)], beam_rank=[4, 0, 1, 2, 3], **log) == pytest.approx([math.exp(-4 / 32), -0.1, -0.1, math.exp(-2 / 32), -0.1])
+    assert pay([f] * 5, [[i] for i in range(5)], beam_rank=[4, 0, 1, 2, 3], **log) == pytest.approx(
+        [math.exp(-4 / 32), -0.1, -0.1, math.exp(-2 / 32), -0.1])
     assert seen == {"valid": 0.4, "reason": ["ok", "trivial", "not_prefix_notation", "ok", "not_a_decomposition"]} and len(calls) == 1
     rows = [[0], [1], [3]]
     assert decomposition_reward(decode, "simple", allow_trivial=True)([f] * 3, rows) == [1, 1, 1]
@@ -123,8 +126,9 @@ def test_the_filter_keeps_the_places_asked_for(tiny, problems, searched, lowest,
     assert result.kept == [p for p, k in zip(problems, places) if k and lowest <= k <= (highest or 10)]
     assert result.rank_distribution == {k: places.count(k) for k in {*places}} and list(result.rank_distribution)[-1] is None
     assert None in places and 1 in places and any(k and k > 1 for k in places), "the pool has problems of every kind"
+    counts = [places.count(1), sum(k is not None and k > 1 for k in places), places.count(None)]
     said = [int(word) for word in str(result).replace(",", " ").replace(";", " ").split() if word.isdigit()]
-    assert said[:2] == [len(result.kept), 24] and said[-3:-1] + [places.count(None)] == [places.count(1), sum(k is not None and k > 1 for k in places), places.count(None)]
+    assert said[:2] == [len(result.kept), 24] and said[-3:] == counts
 
 
 def test_settings_of_the_filter(tiny, problems):
@@ -165,12 +169,14 @@ def test_an_evaluation_is_what_each_problem_gives_alone(tiny, problems, report):
     drawn = sample(model, enc.input_ids, enc.attention_mask, num_return_sequences=6, max_new_tokens=limit, temperature=0.7,
                    eos_token_id=tokenizer.eos_token_id, pad_token_id=0, generator=torch.Generator().manual_seed(3)).sequences
     texts = [decode_completions(tokenizer, rows) for rows in drawn]
-    assert [report.rows[i].valid_samples for i in order] == [sum(bool(verify(problems[i].expanded, t)) for t in found) for i, found in zip(order, texts)]
+    assert [report.rows[i].valid_samples for i in order] == [
+        sum(bool(verify(problems[i].expanded, t)) for t in found) for i, found in zip(order, texts)]
     assert 0 < sum(row.valid_samples for row in report.rows) < 6 * len(problems)
 
 
 place = st.one_of(st.none(), st.integers(1, 25))
-row = st.builds(Row, st.just("^ a P 4"), st.just(4), st.just(2), st.booleans(), st.one_of(st.none(), st.integers(1, 12)), place, st.integers(0, 3), st.just("ok"))
+row = st.builds(Row, st.just("^ a P 4"), st.just(4), st.just(2), st.booleans(),
+                st.one_of(st.none(), st.integers(1, 12)), place, st.integers(0, 3), st.just("ok"))
 
 
 @settings(steady, max_examples=100)
@@ -182,7 +188,8 @@ def test_metrics_obey_their_definitions(rows):
     solved = [[r.greedy, r.beam_place is not None, r.wide_place is not None, r.valid_samples != 0] for r in rows]
     names = ["greedy_accuracy", "beam_accuracy", "wide_beam_accuracy", "sample_accuracy"]
     expected = {name: sum(flags[i] for flags in solved) / n for i, name in enumerate(names)}
-    expected |= {"oracle_accuracy": sum(map(any, solved)) / n, "beam_rank_score": sum(math.exp((1 - k) / 10) for k in places if k and k <= 10) / n}
+    expected |= {"oracle_accuracy": sum(map(any, solved)) / n,
+                 "beam_rank_score": sum(math.exp((1 - k) / 10) for k in places if k and k <= 10) / n}
     assert found == pytest.approx(expected) and set(found) == set(METRICS)
 
 
@@ -199,7 +206,8 @@ def test_by_degree(report):
     for m in METRICS: assert np.mean([v.metrics[m] for v in parts.values()]) == pytest.approx(report.metrics[m])
 
 
-@pytest.mark.parametrize("place,score", [(None, 0), (1, 1), (2, math.exp(-0.1)), (10, math.exp(-0.9)), (11, 0), (25, 0)])
+@pytest.mark.parametrize("place,score", [(None, 0), (1, 1), (2, math.exp(-0.1)), (10, math.exp(-0.9)), (11, 0),
+                                         (25, 0)])
 def test_beam_rank_score(place, score): assert beam_rank_score(place) == pytest.approx(score, abs=1e-12)
 
 
@@ -224,7 +232,8 @@ def test_compare_pairs_problem_by_problem():
     after = [max(1, k - 1) if k else None for k in before]  # every solved problem one place up: small beside the spread, never down
     a, b = Report(rows(before)), Report(rows(after))
     found = compare(a, b)
-    assert found.mean == pytest.approx(b.metrics["beam_rank_score"] - a.metrics["beam_rank_score"]) and 0 < found.low < found.mean < found.high
+    assert found.mean == pytest.approx(b.metrics["beam_rank_score"] - a.metrics["beam_rank_score"])
+    assert 0 < found.low < found.mean < found.high
     unpaired = math.hypot(*[np.std([r.value("beam_rank_score") for r in report.rows]) / math.sqrt(200) for report in (a, b)])
     assert found.mean < 2.8 * unpaired and found.high - found.low < unpaired, "without pairing, the gain drowns in the spread"
     assert compare(b, a).mean == -found.mean and compare(a, a) == Difference(0, 0, 0)
@@ -236,7 +245,8 @@ def test_compare_pairs_problem_by_problem():
 x = sympy.Symbol("x")
 
 
-@pytest.mark.parametrize("f", [x**4 + 2*x**2 + 1, "x**4 + 2*x**2 + 1", "x^4 + 2*x^2 + 1", "(x**2 + 1)**2", "+ P 1 + * P 2 ^ x P 2 ^ x P 4",
+@pytest.mark.parametrize("f", [x**4 + 2*x**2 + 1, "x**4 + 2*x**2 + 1", "x^4 + 2*x^2 + 1", "(x**2 + 1)**2",
+                               "+ P 1 + * P 2 ^ x P 2 ^ x P 4",
                                "+ P 1 + * P 2 ^ a P 2 ^ a P 4 ⁇", sympy.Poly(x**4 + 2*x**2 + 1, x)])
 def test_decompose_takes_what_people_have(tiny, f):
     found = decompose(f, num_beams=5)
@@ -256,13 +266,17 @@ def test_decompose_unites_algebra_and_beams(tiny, problems, searched):
 def test_decompose_many_ways():
     assert [d.inner for d in decompose(x**6, num_beams=3)][:2] == ["* P 1 ^ a P 2", "* P 1 ^ a P 3"]
     assert decompose(x**5 + x, num_beams=3) == [] and decompose("x", num_beams=2) == []
-    for p in generate_problems(3, 4, 4, seed=2): assert canonical_inner(p.answer) in [d.inner for d in decompose(to_sympy(p.expanded), num_beams=2)]
+    for p in generate_problems(3, 4, 4, seed=2):
+        assert canonical_inner(p.answer) in [d.inner for d in decompose(to_sympy(p.expanded), num_beams=2)]
 
 
 @pytest.mark.parametrize("wrong,fault", [
-    ("not a polynomial (", "neither prefix notation"), ("", "neither prefix notation"), (sympy.sin(x), "not a polynomial"), (x / 2 + x**4, "not integers"),
-    (1 / x, "not a polynomial"), ("x**4 + alpha*x", "neither prefix notation"), (sympy.Symbol("alpha")**4, "a letter and digits"),
-    ("__import__('os').getcwd()", "neither prefix notation"), ("exec(a)", "neither prefix notation"), ("(lambda: 1)()", "neither prefix notation"), ("1" * 90 + "!", "neither prefix"), ("x x", "neither prefix")])
+    ("not a polynomial (", "neither prefix notation"), ("", "neither prefix notation"),
+    (sympy.sin(x), "not a polynomial"), (x / 2 + x**4, "not integers"),
+    (1 / x, "not a polynomial"), ("x**4 + alpha*x", "neither prefix notation"),
+    (sympy.Symbol("alpha")**4, "a letter and digits"),
+    ("__import__('os').getcwd()", "neither prefix notation"), ("exec(a)", "neither prefix notation"),
+    ("(lambda: 1)()", "neither prefix notation"), ("1" * 90 + "!", "neither prefix"), ("x x", "neither prefix")])
 def test_decompose_refuses_in_one_line(wrong, fault):
     with pytest.raises(ValueError, match=fault) as error: decompose(wrong)
     assert "\n" not in str(error.value)
