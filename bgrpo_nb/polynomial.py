@@ -82,7 +82,7 @@ class _Budget:
 def _size(p) -> tuple[int, int, int]: # terms, total degree, coefficient bits
     "Size of an int, an fmpz_poly or an fmpz_mpoly"
     if isinstance(p, int): return 1, 0, p.bit_length()
-    if isinstance(p, fmpz_poly): return p.length(), max(p.degree(), 0), p.height_bits()
+    if isinstance(p, fmpz_poly): return (n := p.length()), max(n - 1, 0), p.height_bits()
     return len(p), max(p.total_degree(), 0) if len(p) else 0, max((int(c).bit_length() for c in p.coeffs()), default=0)
 
 # %% ../nbs/00_polynomial.ipynb #6a07e5ee
