@@ -200,6 +200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'bgrpo_nb.polynomial.find_variables': ('polynomial.html#find_variables', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial.format_prefix': ('polynomial.html#format_prefix', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial.from_sympy': ('polynomial.html#from_sympy', 'bgrpo_nb/polynomial.py'),
+                                     'bgrpo_nb.polynomial.is_formed': ('polynomial.html#is_formed', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial.parse': ('polynomial.html#parse', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial.read_terms': ('polynomial.html#read_terms', 'bgrpo_nb/polynomial.py'),
                                      'bgrpo_nb.polynomial.same_inner': ('polynomial.html#same_inner', 'bgrpo_nb/polynomial.py'),

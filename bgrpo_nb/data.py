@@ -280,7 +280,7 @@ def read_problems(path, # a text file, one problem a line; empty lines are passe
     "Problems of a file; the error names file, line and fault"
     path, problems = Path(path), []
     if not path.is_file(): raise FileNotFoundError(f"there is no file {path}; `bgrpo generate` makes one")
-    try: lines = path.read_text(encoding="utf-8").splitlines()
+    try: lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError: raise PrefixError(f"{path} is not a text file in UTF-8") from None
     for number, line in enumerate(lines, 1):
         if limit is not None and len(problems) >= limit: break

@@ -43,6 +43,7 @@ __all__ = ['METRICS', 'beam_rank_score', 'Row', 'bootstrap', 'wilson', 'Report',
 import json
 import math
 import os
+import re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -259,14 +260,18 @@ class Decomposition(NamedTuple):
     beam_place: int | None # first place in which the policy's beams have it, 1 = best; None where they do not
     score: float | None    # nats, of that beam
 
+_EXPRESSION = re.compile(r"(?:[a-z]\d*(?!\w)|[-+*/^()\d ])*", re.ASCII)
+
 def _to_problem(f) -> str: # prefix notation in the policy's variables
     "SymPy expression, ordinary notation or prefix notation -> prefix notation"
     if isinstance(f, str):
         try: text = f.strip().rstrip("⁇").strip(); parse(text); return _rename(text)
         except PrefixError as fault:
             import sympy
-            try: f = sympy.parse_expr(f.replace("^", "**"))
-            except Exception: raise ValueError(f"{f!r} is neither prefix notation ({fault}) nor an expression such as x**4 + 2*x**2 + 1") from None
+            try:  # parse_expr evaluates what it reads, so nothing but numbers, variables and operators may reach it
+                if not _EXPRESSION.fullmatch(f): raise ValueError
+                f = sympy.parse_expr(f.replace("^", "**"))
+            except Exception: raise ValueError(f"{f!r} is neither prefix notation ({fault}) nor an expression such as x**4 + 2*x**2 + 1, in variables such as x and a0") from None
     return _rename(from_sympy(f))
 
 def _rename(text: str) -> str: # one variable is always `a`

@@ -31,8 +31,8 @@ coefficients. Take the root as a power series, and let division decide."""
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEGREE', 'MAX_BITS', 'MAX_WORK', 'OPERATORS', 'VARIABLE', 'REASONS', 'PrefixError', 'TooLargeError',
            'find_variables', 'parse', 'degree', 'format_prefix', 'to_prefix', 'coefficients', 'to_sympy', 'from_sympy',
-           'canonical_coefficients', 'canonical_inner', 'same_inner', 'Verdict', 'base_digits', 'read_terms', 'verify',
-           'verify_batch', 'verify_with_sympy', 'decompose_exact']
+           'canonical_coefficients', 'canonical_inner', 'same_inner', 'Verdict', 'base_digits', 'is_formed',
+           'read_terms', 'verify', 'verify_batch', 'verify_with_sympy', 'decompose_exact']
 
 # %% ../nbs/00_polynomial.ipynb #1ed7e530
 import re
@@ -45,7 +45,7 @@ from typing import Sequence
 from flint import Ordering, fmpq, fmpq_poly, fmpz_mpoly_ctx, fmpz_poly
 
 # %% ../nbs/00_polynomial.ipynb #b0aa9603
-MAX_CHARS = 16_000      # of a completion; a published answer has at most 150
+MAX_CHARS = 8_000       # of a completion; a published answer has at most 300
 MAX_DEGREE = 128        # total degree of any intermediate polynomial
 MAX_BITS = 512          # of any coefficient
 MAX_WORK = 60_000       # products of terms, summed over one text
@@ -59,12 +59,12 @@ class TooLargeError(PrefixError):
 
 # %% ../nbs/00_polynomial.ipynb #2cd44dff
 OPERATORS = {"+", "*", "^"}
-VARIABLE = re.compile(r"[a-z]\d*")
+VARIABLE = re.compile(r"[a-z]\d{0,6}", re.ASCII)
 
 def find_variables(tokens: Sequence[str], # words of prefix notation
                    ) -> tuple[str, ...]:  # distinct variables, in natural order
-    "The variables that a text uses: a letter, with digits behind it or not"
-    return tuple(sorted({t for t in tokens if VARIABLE.fullmatch(t)}, key=lambda v: (v[0], int(v[1:] or 0))))
+    "The variables that a text uses: a letter, with up to six digits behind it"
+    return tuple(sorted((t for t in set(tokens) if VARIABLE.fullmatch(t)), key=lambda v: (v[0], int(v[1:] or 0))))
 
 # %% ../nbs/00_polynomial.ipynb #723f9487
 class _Budget:
@@ -82,7 +82,7 @@ class _Budget:
 def _size(p) -> tuple[int, int, int]: # terms, total degree, coefficient bits
     "Size of an int, an fmpz_poly or an fmpz_mpoly"
     if isinstance(p, int): return 1, 0, p.bit_length()
-    if isinstance(p, fmpz_poly): return p.length(), max(p.degree(), 0), p.height_bits()
+    if isinstance(p, fmpz_poly): return (n := p.length()), max(n - 1, 0), p.height_bits()
     return len(p), max(p.total_degree(), 0) if len(p) else 0, max((int(c).bit_length() for c in p.coeffs()), default=0)
 
 # %% ../nbs/00_polynomial.ipynb #6a07e5ee
@@ -97,6 +97,7 @@ def _apply(operator, left, right, budget):
         return left * right
     if not isinstance(right, int) or right < 0: raise PrefixError("an exponent must be a number that is not negative")
     if right > MAX_DEGREE: raise TooLargeError(f"an exponent of {right} is above {MAX_DEGREE}")
+    if isinstance(left, fmpz_poly) and left.is_gen(): n = 1  # dense, yet one term
     budget.spend(n if n == 1 else min(n ** min(right, 12), MAX_WORK + 1), d * right, (b + n.bit_length()) * right if n > 1 else b * right)
     return left ** right
 
@@ -115,8 +116,8 @@ def _read(tokens: Sequence[str], # words
                 continue
             elif token == "P" or token == "N":
                 if not digits: raise PrefixError("digits are missing behind it")
-                if len(digits) > MAX_BITS // 3: raise TooLargeError(f"a number of {len(digits)} digits is too long")
-                value = int("".join(reversed(digits)))
+                if len(number := "".join(reversed(digits))) > MAX_BITS // 3: raise TooLargeError(f"a number of {len(number)} digits is too long")
+                value = int(number)
                 if token == "N": value = -value
                 digits.clear()
             elif token in OPERATORS and not digits:
@@ -329,7 +330,7 @@ def _problem_in(text: str, variables: tuple[str, ...]): # fmpz_mpoly
 # %% ../nbs/00_polynomial.ipynb #8887c9c3
 def _outer_text(digits) -> str:
     "Prefix notation of an outer polynomial in b, rational coefficients as `P 1 / P 2`"
-    def number(c): return _number(int(c.p)) + (f" / {_number(int(c.q))}" if c.q != 1 else "")
+    def number(c): return _number(c.p) + (f" / {_number(c.q)}" if c.q != 1 else "")
     return _sum([" ".join(filter(None, ["* " * bool(d) + number(c), _power("b", d) if d else ""]))
                  for d, c in enumerate(map(fmpq, digits)) if c])
 
@@ -341,6 +342,22 @@ def _finish(digits, domain) -> Verdict:
 
 # %% ../nbs/00_polynomial.ipynb #94de3997
 _TERM = re.compile(r"(\+ )?(\* )?([PN])((?: \d){1,150})(?: (\^ )?([a-z]\d*)(?: P((?: \d){1,3}))?)?(?: |$)", re.ASCII)
+
+def is_formed(tokens: Sequence[str], # words
+              ) -> bool:
+    "Whether words make one expression of prefix notation; nothing is computed"
+    due, number = 1, 0  # operands that are still to come; 1 behind a sign, 2 behind its digits
+    for token in tokens:
+        if token.isdigit() and token.isascii():
+            if not number: return False
+            number = 2
+            continue
+        if number == 1 or not due: return False
+        number = token == "P" or token == "N"
+        if token in OPERATORS: due += 1
+        elif number or VARIABLE.fullmatch(token): due -= 1
+        else: return False
+    return not due and number != 1
 
 def read_terms(text: str, # prefix notation, tokens apart by one space
                variable: str = "a",
@@ -368,8 +385,10 @@ def _verify_inner(problem, text, domain, allow_trivial) -> Verdict:
     h = read_terms(text, variables[0]) if len(variables) == 1 else None
     if h is None:
         tokens = text.split()
-        if not set(find_variables(tokens)) <= set(variables):
-            _read(tokens, _symbols(find_variables(tokens)))
+        if not is_formed(tokens): return Verdict(False, "not_prefix_notation")
+        found = find_variables(tokens)
+        if not set(found) <= set(variables):
+            _read(tokens, _symbols(found))
             return Verdict(False, "not_a_decomposition")
         h = _lift(_read(tokens, _symbols(variables)), _symbols(variables))
     d = len(h) - 1 if isinstance(h, list) else _size(h)[1]

@@ -44,7 +44,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 # %% ../nbs/04_sft.ipynb #f391ae31
-from .data import Problem, generate_problems, read_degrees, read_problems
+from .data import Problem, generate_problems, polynomial_key, read_degrees, read_problems
 from .model import PRESETS, choose_attention, load_model, load_tokenizer, new_model, save_model
 from .polynomial import canonical_inner
 from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, setting, show_progress, write_json
@@ -160,7 +160,10 @@ def make_samples(config: SupervisedConfig, tokenizer,
                                                            "are to be kept for validation; lower --held_out")
         if config.canonical: found = [Problem(p.expanded, canonical_inner(p.answer)) if " & " not in p.answer else p for p in found]
         found = [found[i] for i in rng.permutation(len(found))]
-        held_out, rest = found[:config.held_out], found[config.held_out:]
+        held_out = found[:config.held_out]
+        kept = {polynomial_key(p.expanded) for p in held_out}
+        rest = [p for p in found[config.held_out:] if polynomial_key(p.expanded) not in kept]  # by polynomial: a file may repeat itself
+        if not rest: raise ValueError(f"{config.problems} holds no polynomial beside the held_out={config.held_out}; lower --held_out")
         train = [rest[i] for _ in range(-(-n // len(rest))) for i in rng.permutation(len(rest))][:n]
     else:
         held_out, train = [], []

@@ -159,7 +159,7 @@ def test_the_best_checkpoint_is_known_by_any_metric(tmp_path):
 
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     write_problems(tmp_path / "p.txt", generate_problems(80, 3, 2, seed=50))
-    command = [sys.executable, "-m", "bgrpo_nb.cli", "train", "--problems", "p.txt", "--output_dir", "run", "--prompts_per_step", "6", "--num_generations", "4",
+    command = [Path(sys.executable).with_name("bgrpo"), "train", "--problems", "p.txt", "--output_dir", "run", "--prompts_per_step", "6", "--num_generations", "4",
                "--max_steps", "6", "--held_out", "0", "--save_steps", "100"]
     running = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     metrics, end = tmp_path / "run/metrics.jsonl", time.time() + 120
