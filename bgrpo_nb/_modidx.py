@@ -89,6 +89,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'bgrpo_nb.evaluation._inner_degree': ('evaluation.html#_inner_degree', 'bgrpo_nb/evaluation.py'),
                                      'bgrpo_nb.evaluation._rename': ('evaluation.html#_rename', 'bgrpo_nb/evaluation.py'),
                                      'bgrpo_nb.evaluation._to_problem': ('evaluation.html#_to_problem', 'bgrpo_nb/evaluation.py'),
+                                     'bgrpo_nb.evaluation._words': ('evaluation.html#_words', 'bgrpo_nb/evaluation.py'),
                                      'bgrpo_nb.evaluation._words_of': ('evaluation.html#_words_of', 'bgrpo_nb/evaluation.py'),
                                      'bgrpo_nb.evaluation.beam_rank_score': ('evaluation.html#beam_rank_score', 'bgrpo_nb/evaluation.py'),
                                      'bgrpo_nb.evaluation.bootstrap': ('evaluation.html#bootstrap', 'bgrpo_nb/evaluation.py'),

@@ -46,12 +46,12 @@ def answer_tokens(problems: Sequence[Problem]) -> int:
 
 # %% ../nbs/06_beam_filter.ipynb #7bf5d4ff
 def in_batches(problems: Sequence[Problem], tokenizer, device, batch_size: int, progress: str | None = None):
-    "Yields places of problems and their encoded prompts, long prompts first, so that memory runs out at once or never"
+    "Yields places of problems and their encoded prompts, long prompts first, so that memory runs out at once or never; unknown words raise first"
     order = sorted(range(len(problems)), key=lambda i: -len(problems[i].expanded))
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc=progress, disable=progress is None, unit="batch", leave=False):
-        places = order[start:start + batch_size]
-        yield places, encode(tokenizer, [problems[i].prompt for i in places]).to(device)
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    encoded = [encode(tokenizer, [problems[i].prompt for i in places]) for places in batches]
+    for places, enc in tqdm(list(zip(batches, encoded)), desc=progress, disable=progress is None, unit="batch", leave=False):
+        yield places, enc.to(device)
 
 def judge(problems, places, found: Beams, tokenizer, domain, allow_trivial): # yields (place, Searched)
     "Verdicts on a batch of completions"

@@ -243,12 +243,12 @@ def demo(argv):
     p.add_argument("--held_out", type=int, default=150, help="problems of each degree to measure on")
     p.add_argument("--seed", type=int, default=0, help="of the problems and the training")
     a = p.parse_args(argv)
+    folder = _make_way(Path(a.output_dir))
     from bgrpo_nb import evaluation
     from bgrpo_nb.beam_filter import filter_by_beams
     from bgrpo_nb.data import generate_problems
     from bgrpo_nb.model import load_model, load_tokenizer
     from bgrpo_nb.trainer import TrainConfig, train_bgrpo
-    folder = _make_way(Path(a.output_dir))
     model, tokenizer, seed = load_model("tiny", device="cpu"), load_tokenizer("tiny"), 10_000 + a.seed  # the policy was trained on seeds 0 and 1
     old, new = (generate_problems(a.held_out, outer, 2, seed=seed, canonical=True) for outer in (2, 3))
     pool = generate_problems(a.pool, 3, 2, seed=seed + 10_000, canonical=True, exclude=new)

@@ -60,7 +60,7 @@ from .beam_filter import answer_tokens, in_batches, judge, search_problems
 from .data import Problem, generate_problems
 from .generation import sample
 from .model import ASSETS, load_model, load_tokenizer
-from .polynomial import PrefixError, canonical_inner, decompose_exact, degree, find_variables, from_sympy, parse, verify
+from .polynomial import PrefixError, canonical_inner, decompose_exact, degree, find_variables, from_sympy, parse, to_prefix, verify
 
 # %% ../nbs/07_evaluation.ipynb #b66a8f7f
 METRICS = ("greedy_accuracy", "beam_accuracy", "wide_beam_accuracy", "sample_accuracy", "oracle_accuracy", "beam_rank_score")
@@ -262,6 +262,12 @@ class Decomposition(NamedTuple):
 
 _EXPRESSION = re.compile(r"(?:[a-z]\d*(?!\w)|[-+*/^()\d ])*", re.ASCII)
 
+def _words(e) -> list[str]: # prefix notation of a SymPy tree as it stands
+    if e.is_Symbol: return [e.name]
+    if e.is_Integer: return ["N" if e < 0 else "P", *str(abs(int(e)))]
+    operator = {"Add": "+", "Mul": "*", "Pow": "^"}[type(e).__name__]
+    return [operator] * (len(e.args) - 1) + [w for part in e.args for w in _words(part)]
+
 def _to_problem(f) -> str: # prefix notation in the policy's variables
     "SymPy expression, ordinary notation or prefix notation -> prefix notation"
     if isinstance(f, str):
@@ -270,8 +276,9 @@ def _to_problem(f) -> str: # prefix notation in the policy's variables
             import sympy
             try:  # parse_expr evaluates what it reads, so nothing but numbers, variables and operators may reach it
                 if not _EXPRESSION.fullmatch(f): raise ValueError
-                f = sympy.parse_expr(f.replace("^", "**"))
+                text = " ".join(_words(sympy.parse_expr(f.replace("^", "**"), evaluate=False)))
             except Exception: raise ValueError(f"{f!r} is neither prefix notation ({fault}) nor an expression such as x**4 + 2*x**2 + 1, in variables such as x and a0") from None
+            return _rename(to_prefix(parse(text)))   # parse bounds the size, which SymPy would not
     return _rename(from_sympy(f))
 
 def _rename(text: str) -> str: # one variable is always `a`
