@@ -39,6 +39,12 @@ def commit():
     return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
+def peak_gib():
+    "Peak memory of this process since its program started (Linux)"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20, 2)
+
+
 def record(name, results):
     "Write `results` to benchmarks/results/NAME.json and say so"
     RESULTS.mkdir(exist_ok=True)

@@ -6,7 +6,6 @@ peak memory is that of a process which does one of the two alone.
     python benchmarks/bench_training.py [--quick]      # quick: 4 prompts a step instead of 20"""
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import tempfile
 import time
 
 import torch
-from _record import record
+from _record import peak_gib, record
 
 K, C = 25, 40
 
@@ -98,7 +97,7 @@ def one_step(kind, prompts, beta, folder):
     start = time.perf_counter()
     trainer.train()
     seconds = (time.perf_counter() - start) / steps
-    print(json.dumps(dict(seconds=round(seconds, 2), peak_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))))
+    print(json.dumps(dict(seconds=round(seconds, 2), peak_gib=peak_gib())))
 
 
 def whole_steps(prompts):
