@@ -86,7 +86,8 @@ class _TreeLayer(DynamicLayer):
 
     def _grow(self, new, used, size):
         old = (self.keys, self.values)
-        self.buffers = [x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in new]
+        make = torch.zeros if self.cache.static else torch.empty         # what is masked must be finite all the same
+        self.buffers = [make(*x.shape[:2], size, x.shape[3], dtype=x.dtype, device=x.device) for x in new]
         if used:
             for buffer, x in zip(self.buffers, old): buffer[:, :, :used] = x
 
@@ -95,8 +96,9 @@ class _TreeLayer(DynamicLayer):
         self.keys, self.values = (b[:, :, :self.keys.shape[2]] for b in self.buffers)
 
     def compact(self, P, nodes):
-        n = nodes.shape[1]
-        for b in self.buffers: b[:, :, P:P + n] = b.gather(2, (P + nodes)[:, None, :, None].expand(-1, b.shape[1], -1, b.shape[3]))
+        n, (B, H) = nodes.shape[1], self.keys.shape[:2]
+        prompts, heads = (torch.arange(m, device=nodes.device) for m in (B, H))
+        for b in self.buffers: b[:, :, P:P + n] = b[prompts[:, None, None], heads[:, None], P + nodes[:, None]]
         self.keys, self.values = (b[:, :, :P + n] for b in self.buffers)
 
 # %% ../nbs/03_generation.ipynb #982bdb49
