@@ -79,13 +79,14 @@ class _TreeLayer(DynamicLayer):
         if used and self.cache.places is not None:
             for buffer, x in zip(self.buffers, new): buffer.index_copy_(2, self.cache.places, x)
             return self.keys, self.values
-        if not used or used + n > self.buffers[0].shape[-2]: self._grow(new, used, used + n + max(self.cache.room, used // 2 if used else 0))
+        if not used: self._resize(new, n + self.cache.room)
+        elif used + n > self.buffers[0].shape[-2]: self._resize(new, n + used + max(self.cache.room, used // 2))
         for buffer, x in zip(self.buffers, new): buffer[:, :, used:used + n] = x
         self.keys, self.values = self.buffers if self.cache.static else (b[:, :, :used + n] for b in self.buffers)
         return (self.keys, self.values) if used else new
 
-    def _grow(self, new, used, size):
-        old = (self.keys, self.values)
+    def _resize(self, new, size):
+        old, used = (self.keys, self.values), self.get_seq_length()
         make = torch.zeros if self.cache.static else torch.empty         # what is masked must be finite all the same
         self.buffers = [make(*x.shape[:2], size, x.shape[3], dtype=x.dtype, device=x.device) for x in new]
         if used:
@@ -290,36 +291,6 @@ def _best_candidates(scores: Tensor, # (B, K) nats; -inf where a place is empty
     parents = torch.where(stays, at - Q * V, order.gather(1, (at // V).clamp(max=Q - 1)))
     return best, parents, torch.where(stays, pad, at % V), stays
 
-# %% ../nbs/03_generation.ipynb #c42cb547
-def _tree(model, input_ids, attention_mask, K, C, static, processor=None) -> BeamTree:
-    "Prompts with room for K x C nodes where shapes are static, for a few steps elsewhere"
-    if static == "capture" and not input_ids.is_cuda:
-        raise ValueError("static='capture' records a CUDA graph: move the model to a CUDA device, or use static=True")
-    if static == "capture" and processor is not None:
-        raise ValueError("static='capture' records one step for all: it takes no logits_processor")
-    if static is None: static = input_ids.device.type != "cpu"
-    return BeamTree(model, input_ids, attention_mask, room=K * (C - 1) if static else K * min(C - 1, 8), static=bool(static))
-
-# %% ../nbs/03_generation.ipynb #c42cb548
-def _run(model, search, pick, C, capture=False) -> Beams:
-    "The loop: pick tokens; as long as something is open, forward them and pick the next"
-    def advance():
-        search.forward()
-        pick()
-    with tree_attention_on(model):
-        pick()
-        for search.step in range(1, C):
-            if search.over(): return search.result()
-            if capture and search.step == 2: advance = _captured(advance) # the first has warmed everything up
-            advance()
-        search.step = C
-        return search.result()
-
-def _captured(advance):
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): advance()
-    return graph.replay
-
 # %% ../nbs/03_generation.ipynb #93cc4663
 class _Decoding:
     "B prompts with K places each: what was written there, and one step on"
@@ -393,6 +364,36 @@ class _Decoding:
         written.masked_fill_(torch.arange(written.shape[2], device=written.device) >= lengths[..., None], self.pad)
         return Beams(written[:, :K, :C], scores[:, :K], lengths[:, :K])
 
+# %% ../nbs/03_generation.ipynb #c42cb547
+def _tree(model, input_ids, attention_mask, K, C, static, processor=None) -> BeamTree:
+    "Prompts with room for K x C nodes where shapes are static, for a few steps elsewhere"
+    if static == "capture" and not input_ids.is_cuda:
+        raise ValueError("static='capture' records a CUDA graph: move the model to a CUDA device, or use static=True")
+    if static == "capture" and processor is not None:
+        raise ValueError("static='capture' records one step for all: it takes no logits_processor")
+    if static is None: static = input_ids.device.type != "cpu"
+    return BeamTree(model, input_ids, attention_mask, room=K * (C - 1) if static else K * min(C - 1, 8), static=bool(static))
+
+# %% ../nbs/03_generation.ipynb #c42cb548
+def _run(model, search, pick, C, capture=False) -> Beams:
+    "The loop: pick tokens; as long as something is open, forward them and pick the next"
+    def advance():
+        search.forward()
+        pick()
+    with tree_attention_on(model):
+        pick()
+        for search.step in range(1, C):
+            if search.over(): return search.result()
+            if capture and search.step == 2: advance = _captured(advance) # the first has warmed everything up
+            advance()
+        search.step = C
+        return search.result()
+
+def _captured(advance):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): advance()
+    return graph.replay
+
 # %% ../nbs/03_generation.ipynb #c42cb546
 def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 attention_mask: Tensor | None = None, # (B, P), 1 on the prompt; all ones by default
@@ -420,10 +421,22 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
 
 # %% ../nbs/03_generation.ipynb #3e4ea040
 def greedy(model, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, eos_token_id, pad_token_id: int,
-           logits_processor=None) -> Beams: # K = 1
+           logits_processor=None, static: bool | str | None = None) -> Beams: # K = 1
     "The most likely token at each step"
     return beam_search(model, input_ids, attention_mask, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id,
-                       pad_token_id=pad_token_id, logits_processor=logits_processor)
+                       pad_token_id=pad_token_id, logits_processor=logits_processor, static=static)
+
+# %% ../nbs/03_generation.ipynb #c654b55f
+def _draw(search, temperature, generator):
+    "A token for every open place; places keep their order"
+    logp = search.logits.log_softmax(-1)
+    chances = search.process(logp / temperature).softmax(-1)
+    tokens = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(search.order.shape)
+    gains = logp.gather(2, tokens[..., None])[..., 0]
+    tokens = torch.full_like(search.tokens, search.pad).scatter(1, search.order, tokens).masked_fill(search.ended, search.pad)
+    gains = torch.zeros_like(search.scores).scatter(1, search.order, gains).masked_fill(search.ended, 0)
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    search.write(search.scores + gains, places, tokens, search.ended)
 
 # %% ../nbs/03_generation.ipynb #972ecde3
 def sample(model, input_ids: Tensor, # (B, P) long, left padded
@@ -446,18 +459,6 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
         drawn = _Decoding(tree, tree.read_prompts(), torch.zeros(len(input_ids), num_return_sequences, device=input_ids.device),
                           max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
         return _run(model, drawn, lambda: _draw(drawn, temperature, generator), max_new_tokens)
-
-# %% ../nbs/03_generation.ipynb #c654b55f
-def _draw(search, temperature, generator):
-    "A token for every open place; places keep their order"
-    logp = search.logits.log_softmax(-1)
-    chances = search.process(logp / temperature).softmax(-1)
-    tokens = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(search.order.shape)
-    gains = logp.gather(2, tokens[..., None])[..., 0]
-    tokens = torch.full_like(search.tokens, search.pad).scatter(1, search.order, tokens).masked_fill(search.ended, search.pad)
-    gains = torch.zeros_like(search.scores).scatter(1, search.order, gains).masked_fill(search.ended, 0)
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    search.write(search.scores + gains, places, tokens, search.ended)
 
 # %% ../nbs/03_generation.ipynb #bc16412e
 _WARNED = set()
@@ -501,9 +502,15 @@ class PrefixGrammar(LogitsProcessor):
         self.end = mark([tokenizer.eos_token])
         self.leaves = ~(self.binary | self.signs | self.digits | self.separator | self.end | mark(other))
 
+    def _kinds(self, device):
+        "The marks, moved to a device once"
+        if self.binary.device != device:
+            for name in ("binary", "signs", "digits", "separator", "end", "leaves"): setattr(self, name, getattr(self, name).to(device))
+        return vars(self)
+
     def __call__(self, input_ids, # (N, P + t)
                  scores):         # (N, V)
-        kinds = {name: getattr(self, name).to(input_ids.device) for name in ("binary", "signs", "digits", "separator", "end", "leaves")}
+        kinds = self._kinds(input_ids.device)
         written = input_ids[:, self.prompt_length:]
         def at(name): return kinds[name][written]
         part = at("separator").long().flip(1).cumsum(1).flip(1) == 0           # after the last separator
