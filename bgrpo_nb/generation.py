@@ -289,7 +289,7 @@ def _best_candidates(scores: Tensor, # (B, K) nats; -inf where a place is empty
     best, at = pool.topk(scores.shape[1], dim=1)
     stays = at >= Q * V
     parents = torch.where(stays, at - Q * V, order.gather(1, (at // V).clamp(max=Q - 1)))
-    return best, parents, torch.where(stays, pad, at % V), stays
+    return best, parents, (at % V).masked_fill(stays, pad), stays
 
 # %% ../nbs/03_generation.ipynb #93cc4663
 class _Decoding:
