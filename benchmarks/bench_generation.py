@@ -1,83 +1,270 @@
-"""Beam search over a shared prefix against `generate` with cache: 6 layers x 512, prompt 250, 40 new tokens, 25 beams, fp32.
+"""Beam search over a shared prefix beside `generate` with cache, the original per-beam loop, and the matrix products alone.
 
-Every figure is the median of alternating runs in one process; ratios are what counts."""
+6 layers x 512, prompt 250, 40 new tokens, 25 beams, fp32 unless said. Every figure is the median of alternating calls in one process; ratios
+are what counts. Runs on a GPU where there is one, and adds bf16, a captured step, launches per token and the distance to memory bandwidth.
+
+    python benchmarks/bench_generation.py            everything, recorded in benchmarks/results/
+    python benchmarks/bench_generation.py --quick    one family and a few points, printed only
+
+On a machine that others use too, GOMP_SPINCOUNT=0 keeps OpenMP's threads from spinning while they wait for one that is not running."""
+import argparse
+import json
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
-from _record import record
+from _record import RESULTS, record
 
 from bgrpo_nb.generation import beam_search, sample
 from bgrpo_nb.model import new_model
 
-P, C = 250, 40
+P, C, K = 250, 40, 25
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def seconds(*functions, repeats=3):
-    "Median seconds of each, in turns, after one unmeasured call"
+def wait():
+    if DEVICE == "cuda": torch.cuda.synchronize()
+
+
+def seconds(*functions, repeats=3, warm=True):
+    "Median seconds of each, called in turns, after one unmeasured call"
     times = [[] for _ in functions]
-    for f in functions: f()
+    for f in functions if warm else (): f()
     for _ in range(repeats):
         for f, t in zip(functions, times):
+            wait()
             start = time.perf_counter()
             f()
+            wait()
             t.append(time.perf_counter() - start)
     return [statistics.median(t) for t in times]
 
 
-def searches(model, ids, K):
-    def ours(): return beam_search(model, ids, num_beams=K, max_new_tokens=C, eos_token_id=None, pad_token_id=0)
-    def theirs():
-        return model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=K, num_return_sequences=K, length_penalty=0.0, do_sample=False,
-                              max_new_tokens=C, pad_token_id=0, return_dict_in_generate=True, output_scores=True)
-    return ours, theirs
+def prompts(B=1, length=P): return torch.randint(3, 31, (B, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
-def linear_products(model, K):
+def policy(dtype=torch.float32, **kwargs):
+    model = new_model("paper", max_position_embeddings=2304, **kwargs).to(DEVICE, dtype)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def ours(model, ids, width=K, new=C, **kwargs):
+    return lambda: beam_search(model, ids, num_beams=width, max_new_tokens=new, eos_token_id=None, pad_token_id=0, **kwargs)
+
+
+def theirs(model, ids, width=K, new=C):
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=width, num_return_sequences=width, length_penalty=0.0,
+                                  do_sample=False, max_new_tokens=new, pad_token_id=0, return_dict_in_generate=True, output_scores=True)
+
+
+def linear_products(model, rows=K, length=P):
     "The matrix products of the linear layers alone: one prefill and C - 1 steps"
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
     width = [m.weight.shape[0] if type(m).__name__ == "Conv1D" else m.weight.shape[1] for m in layers]
     def run():
         with torch.no_grad():
-            for rows, steps in ((P, 1), (K, C - 1)):
-                inputs = [torch.zeros(rows, w) for w in width]
+            for n, steps in ((length, 1), (rows, C - 1)):
+                inputs = [torch.zeros(n, w, device=DEVICE, dtype=model.dtype) for w in width]
                 for _ in range(steps):
                     for m, x in zip(layers, inputs): m(x)
     return run
 
 
-def same(ours, theirs, B, K):
-    "Sequences equal and scores within 1e-4, before anything is timed"
-    a, b = ours(), theirs()
-    assert torch.equal(a.sequences, b.sequences[:, P:].view(B, K, C)), "beams differ"
-    assert (a.scores - b.sequences_scores.view(B, K)).abs().max() < 1e-3, "scores differ"
+@torch.no_grad()
+def per_beam_loop(model, ids, steps):
+    "The original's search, re-written: one forward per beam and step over its whole text, no cache. Seconds of the given steps alone"
+    spent, beams = 0.0, [(ids[0].tolist(), 0.0)]
+    fill = [(ids[0].tolist(), -1.0 - k) for k in range(K)]
+    for step in range(C):
+        if step not in steps:                                    # a step that is not timed costs nothing: texts merely grow
+            beams = [(t + [3], s) for t, s in (fill if len(beams) == 1 else beams)]
+            continue
+        start, candidates = time.perf_counter(), []
+        for tokens, score in beams:
+            logp = model(torch.tensor([tokens], device=DEVICE), use_cache=False).logits[0, -1].float().log_softmax(-1)
+            best, at = logp.topk(min(K, len(logp)))
+            candidates += [(tokens + [v], score + x) for v, x in zip(at.tolist(), best.tolist())]
+        beams = sorted(candidates, key=lambda c: -c[1])[:K]
+        spent += time.perf_counter() - start
+    return spent
+
+
+def check(model, ids):
+    "Sequences equal and scores within 1e-3, before anything is timed"
+    a, b = ours(model, ids)(), theirs(model, ids)()
+    assert torch.equal(a.sequences, b.sequences[:, ids.shape[1]:].view(a.sequences.shape)), "beams differ"
+    assert (a.scores - b.sequences_scores.view(a.scores.shape)).abs().max() < 1e-3, "scores differ"
+
+
+def rounded(**figures): return {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in figures.items()}
+
+
+def compare(name, mine, other, floor=None, **kwargs):
+    times = seconds(mine, other, *([floor] if floor else []), **kwargs)
+    row = rounded(seconds=times[0], generate_seconds=times[1], speedup=times[1] / times[0])
+    if floor: row |= rounded(linear_seconds=times[2], over_linear=times[0] / times[2])
+    print(f"{name:28} {row}", flush=True)
+    return row
+
+
+def headline(families, repeats):
+    out = {}
+    for name, model in families.items():
+        check(model, prompts())
+        out[name] = compare(name, ours(model, prompts()), theirs(model, prompts()), linear_products(model), repeats=repeats)
+    return out
+
+
+def original(model, every):
+    "The per-beam loop against ours, in one go"
+    steps = range(1, C, every)
+    mine, = seconds(ours(model, prompts()), repeats=3)
+    spent = per_beam_loop(model, prompts(), set(steps))
+    whole = spent / len(steps) * (C - 1) + spent / len(steps) / K # the first step has one beam
+    row = rounded(seconds=mine, per_beam_seconds=whole, steps_timed=f"{len(steps)} of {C}", speedup=whole / mine)
+    print(f"{'original per-beam loop':28} {row}", flush=True)
+    return row
+
+
+def scaling(model, widths, lengths, batches, repeats):
+    "By K; by P; by B (10 beams and 20 tokens there, for `generate` holds B x K whole caches)"
+    def row(key, n, *args, new=C, width=K):
+        ids = prompts(*args)
+        return {key: n} | compare(f"{key}={n}", ours(model, ids, width, new), theirs(model, ids, width, new), repeats=repeats, warm=n < 50)
+    return dict(by_width=[row("K", n, 1, P, width=n) for n in widths], by_prompt=[row("P", n, 1, n) for n in lengths],
+                by_batch=[row("B", n, n, P, width=10, new=20) for n in batches])
+
+
+def cache_mib(model, tokens):
+    "Keys and values of that many tokens"
+    c = model.config
+    heads, size = getattr(c, "num_key_value_heads", c.num_attention_heads), c.hidden_size // c.num_attention_heads
+    return 2 * c.num_hidden_layers * heads * size * model.dtype.itemsize * tokens / 2**20
+
+
+def peak(who, width):
+    "Peak memory of one search beyond the model's, MiB, measured in this process (ask in a fresh one)"
+    model, ids = policy(), prompts()
+    model(ids)
+    if DEVICE == "cuda": torch.cuda.reset_peak_memory_stats()
+    def now(): return torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    before = now()
+    (ours if who == "ours" else theirs)(model, ids, width, 12)()
+    return now() - before
+
+
+def memory(widths):
+    "Peaks, each in a process of its own, beside the caches' sizes by formula"
+    model, rows = policy(), []
+    for width in widths:
+        ask = [subprocess.run([sys.executable, __file__, "--peak", who, str(width)], capture_output=True, text=True, check=True).stdout.split()[-1]
+               for who in ("ours", "generate")]
+        rows.append(dict(K=width) | rounded(peak_mib=float(ask[0]), generate_peak_mib=float(ask[1]),
+                                            generate_cache_mib=cache_mib(model, width * (P + 12)), cache_at_most_mib=cache_mib(model, P + 12 * width)))
+        print(rows[-1], flush=True)
+    return rows
+
+
+KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("scaled_dot_product",), "reading and writing state": ("gather", "scatter", "index", "copy_", "cat")}
+
+
+def profile(model):
+    "Where a search's time goes, as shares of its wall clock"
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record_operations
+    run = ours(model, prompts())
+    whole, = seconds(run, repeats=3)
+    with record_operations(activities=[ProfilerActivity.CPU]) as p: run()
+    shares = dict.fromkeys([*KINDS, "other operations"], 0.0)
+    for event in p.key_averages():
+        kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "other operations")
+        shares[kind] += event.self_cpu_time_total / 1e6 / whole
+    return rounded(**shares | {"Python between them": max(1 - sum(shares.values()), 0.0)})
+
+
+def on_cuda():
+    "bf16 and captured steps, kernels per token, and how far a step is from reading weights and keys once"
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record_operations
+    big = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    copy, = seconds(lambda: big.clone(), repeats=9)
+    bandwidth, out = 2 * big.numel() / copy, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, ids = policy(dtype), prompts()
+        held = sum(p.numel() for p in model.parameters()) * dtype.itemsize + cache_mib(model, P + K * (C - 1)) * 2**20
+        for static in (False, True, "capture"):
+            row = compare(f"{dtype} static={static}", ours(model, ids, static=static), theirs(model, ids), linear_products(model), repeats=5)
+            with record_operations(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p: ours(model, ids, static=static)()
+            launches = sum(e.count for e in p.key_averages() if e.key in ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cudaGraphLaunch"))
+            out[f"{str(dtype).removeprefix('torch.')}, static={static}"] = row | rounded(
+                launches_per_step=launches / C, bytes_per_step=held, over_bandwidth=row["seconds"] / C / (held / bandwidth))
+    from transformers.utils import is_flash_attn_2_available
+    if is_flash_attn_2_available():
+        model = policy(torch.bfloat16)
+        before, = seconds(theirs(model, prompts()), repeats=5)
+        model.set_attn_implementation("flash_attention_2")
+        after, = seconds(theirs(model, prompts()), repeats=5)
+        out["generate"] = rounded(sdpa_seconds=before, flash_attention_2_seconds=after)
+    return out | rounded(bandwidth_gb_per_second=bandwidth / 1e9)
+
+
+def plot(results):
+    "Time by K, P and B beside `generate`"
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    style = Path(__file__).parent.parent / "bgrpo_nb/assets/bgrpo.mplstyle"
+    with plt.style.context(style):
+        fig, axes = plt.subplots(1, 3, figsize=(8, 2.6))
+        for ax, (name, key, says) in zip(axes, (("by_width", "K", "beams"), ("by_prompt", "P", "prompt tokens"), ("by_batch", "B", "prompts"))):
+            rows = results[name]
+            ax.plot([r[key] for r in rows], [r["generate_seconds"] for r in rows], "o-", label="generate, with cache")
+            ax.plot([r[key] for r in rows], [r["seconds"] for r in rows], "o-", label="shared prefix")
+            ax.set(xscale="log", yscale="log", xlabel=says, ylabel="seconds")
+        axes[0].legend()
+        fig.savefig(RESULTS / "generation.png", dpi=90)
+        plt.close(fig)
 
 
 def main():
-    results, K = {}, 25
-    families = {"gpt2": new_model("paper", position="learned"), "llama, 8 heads": new_model("paper"),
-                "llama, grouped heads": new_model("paper", num_key_value_heads=2)}
-    for name, model in families.items():
-        model.generation_config.eos_token_id = None
-        for B in (1, 4) if name == "gpt2" else (1,):
-            ids = torch.randint(3, 31, (B, P), generator=torch.Generator().manual_seed(0))
-            ours, theirs = searches(model, ids, K)
-            same(ours, theirs, B, K)
-            a, b, floor = seconds(ours, theirs, linear_products(model, K * B))
-            results[f"{name}, B={B}"] = dict(seconds=round(a, 3), generate_seconds=round(b, 3), speedup=round(b / a, 2),
-                                             linear_seconds=round(floor, 3), over_linear=round(a / floor, 2))
-            print(name, B, results[f"{name}, B={B}"], flush=True)
-    model = families["llama, 8 heads"]
-    ids = torch.randint(3, 31, (1, P), generator=torch.Generator().manual_seed(0))
-    for K in (1, 5, 10, 50, 100):
-        a, b = seconds(*searches(model, ids, K), repeats=2)
-        results[f"llama, K={K}"] = dict(seconds=round(a, 3), generate_seconds=round(b, 3), speedup=round(b / a, 2))
-        print(K, results[f"llama, K={K}"], flush=True)
-    def ours(): return sample(model, ids, num_return_sequences=16, max_new_tokens=C, eos_token_id=None, pad_token_id=0)
-    def theirs(): return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, num_return_sequences=16, max_new_tokens=C, pad_token_id=0)
-    a, b = seconds(ours, theirs)
-    results["16 samples"] = dict(seconds=round(a, 3), generate_seconds=round(b, 3), speedup=round(b / a, 2))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one family and a few points, printed only")
+    parser.add_argument("--threads", type=int, help="of torch; by default its own choice")
+    parser.add_argument("--peak", nargs=2, metavar=("WHO", "K"), help="print the peak memory of one search: ours or generate")
+    parser.add_argument("--plot", action="store_true", help="draw the recorded results again")
+    args = parser.parse_args()
+    if args.threads: torch.set_num_threads(args.threads)
+    if args.peak: return print(peak(args.peak[0], int(args.peak[1])))
+    if args.plot: return plot(json.loads((RESULTS / "generation.json").read_text())["results"])
+    with torch.no_grad():
+        families = {"llama": policy()}
+        if not args.quick: families |= {"gpt2": policy(position="learned"), "llama, 2 key heads": policy(num_key_value_heads=2)}
+        model, repeats = families["llama"], 3 if args.quick else 4
+        results = dict(headline=headline(families, repeats), original=original(model, 13 if args.quick else 6), profile=profile(model))
+        print("profile", results["profile"], flush=True)
+        fixed = seconds(ours(model, prompts()), ours(model, prompts(), static=True))
+        results["static"] = rounded(seconds=fixed[0], static_seconds=fixed[1], over=fixed[1] / fixed[0])
+        def draw(): return sample(model, prompts(), num_return_sequences=16, max_new_tokens=C, eos_token_id=None, pad_token_id=0)
+        def draw_theirs(): return model.generate(prompts(), attention_mask=torch.ones_like(prompts()), do_sample=True, top_k=0, num_return_sequences=16,
+                                                 max_new_tokens=C, pad_token_id=0)
+        results["samples"] = compare("16 samples", draw, draw_theirs, repeats=repeats)
+        half = policy(torch.bfloat16)
+        results["bfloat16"] = compare("bfloat16", ours(half, prompts()), theirs(half, prompts()), linear_products(half), repeats=repeats)
+        results |= scaling(model, *(((1, 25), (50,), (1,)) if args.quick else ((1, 5, 10, 25, 50, 100), (50, 250, 500, 1000, 2000), (1, 4, 8, 16, 32))),
+                           repeats=1)
+        if DEVICE == "cuda": results["cuda"] = on_cuda()
+        results["conditions"] = dict(device=DEVICE, threads=torch.get_num_threads(), load_average=round(os.getloadavg()[0], 1),
+                                     gomp_spincount=os.environ.get("GOMP_SPINCOUNT"))
+        results["memory"] = memory((1, 25) if args.quick else (1, 10, 25, 50, 100))
+    if args.quick: return
     record("generation", results)
+    plot(results)
 
 
 if __name__ == "__main__": main()

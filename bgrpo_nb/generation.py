@@ -67,39 +67,54 @@ class Beams(NamedTuple):
 
 # %% ../nbs/03_generation.ipynb #7d072440
 class _TreeLayer(DynamicLayer):
-    "Keys and values of one layer, (B, H_kv, P + nodes, D), in a buffer with room to grow"
-    room = 64
+    "Keys and values of one layer, (B, H_kv, P + nodes, D), in a buffer with room for more"
+    def __init__(self, cache): # whose `places` say where new nodes go, or None: behind the last
+        super().__init__()
+        self.cache = cache
+
     def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized: self.lazy_initialization(key_states, value_states)
+        new = key_states, value_states
+        if not self.is_initialized: self.lazy_initialization(*new)
         used, n = self.get_seq_length(), key_states.shape[-2]
-        if not used or used + n > self.buffers[0].shape[-2]: self._grow(key_states, used, n)
-        for buffer, new in zip(self.buffers, (key_states, value_states)): buffer[:, :, used:used + n] = new
-        self.keys, self.values = (b[:, :, :used + n] for b in self.buffers)
-        return self.keys, self.values
+        if used and self.cache.places is not None:
+            for buffer, x in zip(self.buffers, new): buffer.index_copy_(2, self.cache.places, x)
+            return self.keys, self.values
+        if not used: self._resize(new, n + self.cache.room)
+        elif used + n > self.buffers[0].shape[-2]: self._resize(new, n + used + max(self.cache.room, used // 2))
+        for buffer, x in zip(self.buffers, new): buffer[:, :, used:used + n] = x
+        self.keys, self.values = self.buffers if self.cache.static else (b[:, :, :used + n] for b in self.buffers)
+        return (self.keys, self.values) if used else new
 
-    def _grow(self, like, used, n):
-        B, H, _, _ = like.shape
-        def bigger(old, D):
-            out = like.new_empty(B, H, used + max(n + self.room, used // 2), D)
-            if used: out[:, :, :used] = old
-            return out
-        self.buffers = [bigger(self.keys, like.shape[-1]), bigger(self.values, like.shape[-1])]
+    def _resize(self, new, size):
+        old, used = (self.keys, self.values), self.get_seq_length()
+        make = torch.zeros if self.cache.static else torch.empty         # what is masked must be finite all the same
+        self.buffers = [make(*x.shape[:2], size, x.shape[3], dtype=x.dtype, device=x.device) for x in new]
+        if used:
+            for buffer, x in zip(self.buffers, old): buffer[:, :, :used] = x
 
-    def choose(self, index): # applied to keys and to values
-        self.buffers = [index(self.keys), index(self.values)]
-        self.keys, self.values = self.buffers
+    def choose(self, rows):
+        self.buffers = [x.index_select(0, rows) for x in self.buffers]
+        self.keys, self.values = (b[:, :, :self.keys.shape[2]] for b in self.buffers)
+
+    def compact(self, P, nodes):
+        n, (B, H) = nodes.shape[1], self.keys.shape[:2]
+        prompts, heads = (torch.arange(m, device=nodes.device) for m in (B, H))
+        for b in self.buffers: b[:, :, P:P + n] = b[prompts[:, None, None], heads[:, None], P + nodes[:, None]]
+        self.keys, self.values = (b[:, :, :P + n] for b in self.buffers)
 
 # %% ../nbs/03_generation.ipynb #982bdb49
 class TreeCache(Cache):
     "A cache of tokens that form a tree: prompts first, then the nodes of their beams"
-    def __init__(self): super().__init__(layer_class_to_replicate=_TreeLayer)
+    def __init__(self, room: int = 64,     # nodes to make room for at first
+                 static: bool = False):    # room for no more, and all of it always attended to, under a mask
+        super().__init__(layer_class_to_replicate=lambda: _TreeLayer(self))
+        self.room, self.static, self.places = room, static, None
     def keep_prompts(self, rows: Tensor): # (b,) long
         "Forget all prompts but these"
-        for layer in self.layers: layer.choose(lambda x: x.index_select(0, rows))
-    def keep_tokens(self, columns: Tensor): # (B, n) long: places of tokens, per prompt
-        "Forget all tokens but these"
-        for layer in self.layers:
-            layer.choose(lambda x: x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])))
+        for layer in self.layers: layer.choose(rows)
+    def keep_nodes(self, P: int, nodes: Tensor): # (B, n) long: places of nodes behind the P of the prompt
+        "Forget all nodes but these, and move them together; prompts stay where they are"
+        for layer in self.layers: layer.compact(P, nodes)
 
 # %% ../nbs/03_generation.ipynb #71c80341
 TREE_ATTENTION = "beam_tree"
@@ -140,11 +155,15 @@ def tree_attention_on(model):
 class BeamTree:
     "The prompts of a batch, read once, and all that was written after them"
     def __init__(self, model, input_ids: Tensor, # (B, P) long, left padded
-                 attention_mask: Tensor):        # (B, P), 1 on the prompt
-        self.model, self.cache, self.depth, self.nodes = model, TreeCache(), 0, 0
-        self.on_prompt, self.prompt_lengths = attention_mask.bool(), attention_mask.sum(1)
-        self.ancestors = None                    # (B, K, nodes) bool
-        self.input_ids = input_ids
+                 attention_mask: Tensor,         # (B, P), 1 on the prompt
+                 room: int = 64,                 # nodes to make room for
+                 static: bool = False):          # exactly that many, so that no shape changes from step to step
+        P = input_ids.shape[1]
+        if static: room += -(P + room) % 8       # fused attention wants rows of a mask aligned
+        self.model, self.input_ids, self.on_prompt = model, input_ids, attention_mask.bool()
+        self.room, self.static, self.nodes, self.cache = room, static, 0, TreeCache(room, static)
+        self.positions = attention_mask.sum(1, keepdim=True) # (B, 1) of the next tokens
+        self.start = torch.zeros((), dtype=torch.long, device=input_ids.device) # place of the next node in a static tree
 
     def read_prompts(self) -> Tensor: # (B, V) float32: logits of the first token
         "Prefill, each prompt once"
@@ -155,33 +174,38 @@ class BeamTree:
         return out.logits[:, -1].float()
 
     def extend(self, tokens: Tensor,   # (B, Q) long: what the open beams wrote last
-               ancestors: Tensor,      # (B, Q, nodes) bool: the nodes that each stands on
-               ) -> tuple[Tensor, Tensor]: # logits (B, Q, V) float32, and the new nodes' ancestors (B, Q, nodes + Q), themselves included
+               ancestors: Tensor,      # (B, Q, nodes) bool: the nodes that each stands on; (B, Q, room) in a static tree
+               ) -> tuple[Tensor, Tensor]: # logits (B, Q, V) float32, and the new nodes' ancestors, themselves included
         "Add a node for each open beam"
         B, Q = tokens.shape
-        seen = torch.cat([ancestors, torch.eye(Q, dtype=torch.bool, device=tokens.device).expand(B, Q, Q)], -1)
+        if self.static:
+            new = self.start + torch.arange(Q, device=tokens.device)
+            self.cache.places = new + self.on_prompt.shape[1]
+            seen = ancestors.scatter(2, new[None, :, None].expand(B, Q, 1), True)
+        else: seen = torch.cat([ancestors, torch.eye(Q, dtype=torch.bool, device=tokens.device).expand(B, Q, Q)], -1)
         allowed = torch.cat([self.on_prompt[:, None].expand(B, Q, -1), seen], -1)[:, None]
         bias = torch.zeros_like(allowed, dtype=self.model.dtype).masked_fill_(~allowed, torch.finfo(self.model.dtype).min)
-        positions = (self.prompt_lengths + self.depth)[:, None].expand(B, Q)
-        logits = self.model(input_ids=tokens, attention_mask=bias, position_ids=positions, past_key_values=self.cache, use_cache=True).logits
-        self.depth, self.nodes = self.depth + 1, self.nodes + Q
+        logits = self.model(input_ids=tokens, attention_mask=bias, position_ids=self.positions.expand(B, Q),
+                            past_key_values=self.cache, use_cache=True).logits
+        self.positions += 1
+        self.start += Q
+        self.nodes += Q
         return logits.float(), seen
 
     def keep_prompts(self, rows: Tensor): # (b,) long
         "Forget all prompts but these"
         self.cache.keep_prompts(rows)
-        self.on_prompt, self.prompt_lengths = self.on_prompt[rows], self.prompt_lengths[rows]
+        self.on_prompt, self.positions = self.on_prompt[rows], self.positions[rows]
 
     def sweep(self, ancestors: Tensor, # (B, K, nodes) bool of every open beam
               ) -> Tensor:             # the same over the nodes that are left
-        "Forget nodes that no open beam stands on, once they are the greater part"
+        "Forget nodes that no open beam stands on, once they are a third of all"
+        if self.nodes < 64: return ancestors
         live = ancestors.any(1)                                               # (B, nodes)
         most = int(live.sum(1).max())
-        if self.nodes < 64 or self.nodes < 2 * most: return ancestors
+        if 2 * self.nodes < 3 * most: return ancestors
         nodes = live.int().argsort(dim=1, descending=True, stable=True)[:, :most] # live ones first, in their order
-        P = self.on_prompt.shape[1]
-        trunk = torch.arange(P, device=nodes.device).expand(len(nodes), P)
-        self.cache.keep_tokens(torch.cat([trunk, P + nodes], 1))
+        self.cache.keep_nodes(self.on_prompt.shape[1], nodes)
         self.nodes = most
         return ancestors.gather(2, nodes[:, None].expand(-1, ancestors.shape[1], -1))
 
@@ -252,22 +276,125 @@ def _evaluating(model):
     finally: model.train(training)
 
 # %% ../nbs/03_generation.ipynb #8855fe4a
-def _best_candidates(scores: Tensor, # (B, K) nats
+def _best_candidates(scores: Tensor, # (B, K) nats; -inf where a place is empty
                      ended: Tensor,  # (B, K) bool
                      order: Tensor,  # (B, Q) long: the forwarded beams
                      logp: Tensor,   # (B, Q, V) of their next token
-                     num_beams: int, pad: int): # scores, parents, tokens, ended: (B, K')
-    "The best of all extensions of open beams and of ended beams as they are"
+                     pad: int): # scores, parents, tokens, ended: (B, K)
+    "The K best of all extensions of open beams and of ended beams as they are"
     B, Q, V = logp.shape
     open_scores = scores.gather(1, order).masked_fill(ended.gather(1, order), -torch.inf)
     extended = (open_scores[..., None] + logp).flatten(1)
     pool = torch.cat([extended, scores.masked_fill(~ended, -torch.inf)], 1)
-    best, at = pool.topk(min(num_beams, pool.shape[1]), dim=1)
+    best, at = pool.topk(scores.shape[1], dim=1)
     stays = at >= Q * V
     parents = torch.where(stays, at - Q * V, order.gather(1, (at // V).clamp(max=Q - 1)))
-    return best, parents, torch.where(stays, pad, at % V), stays
+    return best, parents, (at % V).masked_fill(stays, pad), stays
 
 # %% ../nbs/03_generation.ipynb #93cc4663
+class _Decoding:
+    "B prompts with K places each: what was written there, and one step on"
+    def __init__(self, tree, first: Tensor, # (B, V) logits
+                 scores: Tensor,            # (B, K): 0 in places that are filled from the start, else -inf
+                 C: int, eos: Tensor, pad: int, processor):
+        (B, K), device = scores.shape, scores.device
+        self.tree, self.static, self.eos, self.pad, self.processor = tree, tree.static, eos, pad, processor
+        self.rows, self.step, self.at = torch.arange(B, device=device), 0, torch.zeros(1, 1, 1, dtype=torch.long, device=device)
+        self.scores, self.ended = scores, scores == -torch.inf
+        self.written, self.tokens = torch.full((B, K, C), pad, device=device), torch.full((B, K), pad, device=device)
+        self.ancestors = torch.zeros(B, K, tree.room if self.static else 0, dtype=torch.bool, device=device)
+        self.order = self._open_first()
+        self.logits = first[:, None].expand(-1, self.order.shape[1], -1).contiguous()
+        self.out = scores.clone(), self.written.clone()
+
+    def _open_first(self) -> Tensor: # (B, Q) long
+        "The places to forward: all of a static tree, else only as many as are open"
+        if self.static: return torch.arange(self.ended.shape[1], device=self.ended.device).expand_as(self.ended)
+        return self.ended.int().argsort(dim=1, stable=True)[:, :int((~self.ended).sum(1).max())]
+
+    def _of(self, x, places): return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+
+    def _keep(self, **new):
+        "Take over new state; in place where shapes are static, as a captured step wants it"
+        for name, x in new.items():
+            if self.static: getattr(self, name).copy_(x)
+            else: setattr(self, name, x)
+
+    def process(self, logp): # (B, Q, V), the same
+        if self.processor is None: return logp
+        written = self._of(self.written, self.order)[..., :self.step]
+        prompts = self.tree.input_ids[self.rows][:, None].expand(-1, written.shape[1], -1)
+        return self.processor(torch.cat([prompts, written], -1).flatten(0, 1), logp.flatten(0, 1)).view_as(logp)
+
+    def write(self, scores, parents, tokens, ended):
+        "Every place continues its parent by a token"
+        written = self._of(self.written, parents).scatter(2, self.at.expand(*tokens.shape, 1), tokens[..., None])
+        self._keep(scores=scores, tokens=tokens, written=written, at=self.at + 1, ancestors=self._of(self.ancestors, parents),
+                   ended=ended | (tokens[..., None] == self.eos).any(-1) | (scores == -torch.inf))
+
+    def forward(self):
+        logits, seen = self.tree.extend(self.tokens.gather(1, self.order), self._of(self.ancestors, self.order))
+        if not self.static:
+            wider = F.pad(self.ancestors, (0, seen.shape[2] - self.ancestors.shape[2]))
+            seen = wider.scatter(1, self.order[..., None].expand_as(seen), seen)
+        self._keep(logits=logits, ancestors=seen)
+
+    def over(self) -> bool:
+        "Whether nothing is open any more; without static shapes what has ended is put aside"
+        if self.static: return self.step % 8 == 0 and bool(self.ended.all()) # the one wait for the device
+        done = self.ended.all(1)
+        if done.all(): return True
+        if 4 * int(done.sum()) >= len(done):                     # enough prompts are done to be worth a smaller batch
+            self._store(done)
+            self.tree.keep_prompts((~done).nonzero()[:, 0])
+            for name in ("rows", "scores", "tokens", "written", "ancestors", "ended"): setattr(self, name, getattr(self, name)[~done])
+        self.order = self._open_first()
+        self.ancestors = self.tree.sweep(self.ancestors & ~self.ended[..., None])
+        return False
+
+    def _store(self, chosen): # (b,) bool
+        for whole, part in zip(self.out, (self.scores, self.written)): whole[self.rows[chosen]] = part[chosen]
+
+    def result(self) -> Beams:
+        self._store(torch.ones_like(self.rows, dtype=torch.bool))
+        scores, written = self.out
+        ends = (written[..., :self.step, None] == self.eos).any(-1)
+        lengths = torch.where(ends.any(-1), ends.int().argmax(-1) + 1, self.step).masked_fill(scores == -torch.inf, 0)
+        K, C = max(int((lengths > 0).sum(1).max()), 1), max(int(lengths.max()), 1)
+        written.masked_fill_(torch.arange(written.shape[2], device=written.device) >= lengths[..., None], self.pad)
+        return Beams(written[:, :K, :C], scores[:, :K], lengths[:, :K])
+
+# %% ../nbs/03_generation.ipynb #c42cb547
+def _tree(model, input_ids, attention_mask, K, C, static, processor=None) -> BeamTree:
+    "Prompts with room for K x C nodes where shapes are static, for a few steps elsewhere"
+    if static == "capture" and not input_ids.is_cuda:
+        raise ValueError("static='capture' records a CUDA graph: move the model to a CUDA device, or use static=True")
+    if static == "capture" and processor is not None:
+        raise ValueError("static='capture' records one step for all: it takes no logits_processor")
+    if static is None: static = input_ids.device.type != "cpu"
+    return BeamTree(model, input_ids, attention_mask, room=K * (C - 1) if static else K * min(C - 1, 8), static=bool(static))
+
+# %% ../nbs/03_generation.ipynb #c42cb548
+def _run(model, search, pick, C, capture=False) -> Beams:
+    "The loop: pick tokens; as long as something is open, forward them and pick the next"
+    def advance():
+        search.forward()
+        pick()
+    with tree_attention_on(model):
+        pick()
+        for search.step in range(1, C):
+            if search.over(): return search.result()
+            if capture and search.step == 2: advance = _captured(advance) # the first has warmed everything up
+            advance()
+        search.step = C
+        return search.result()
+
+def _captured(advance):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): advance()
+    return graph.replay
+
+# %% ../nbs/03_generation.ipynb #c42cb546
 def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 attention_mask: Tensor | None = None, # (B, P), 1 on the prompt; all ones by default
                 *, num_beams: int,        # K, at least 1; may exceed the vocabulary
@@ -275,6 +402,7 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 eos_token_id,             # id, ids, or None
                 pad_token_id: int,
                 logits_processor=None,    # Transformers' processors, applied to log-probabilities over prompt and completion
+                static: bool | str | None = None, # shapes that never change; None: on an accelerator; "capture": and a CUDA graph of the step
                 ) -> Beams: # best first; fewer than K where fewer sequences exist
     "The K sequences that a beam search finds for each prompt, each prompt read once"
     attention_mask = _check(model, input_ids, attention_mask, num_beams, max_new_tokens)
@@ -282,63 +410,33 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
         if reason := why_no_tree(model, input_ids.shape[1] + max_new_tokens):
             return _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, logits_processor,
                                 num_beams=num_beams, num_return_sequences=num_beams, length_penalty=0.0)
-        tree = BeamTree(model, input_ids, attention_mask)
-        first = tree.read_prompts()
-        with tree_attention_on(model):
-            return _search(tree, first, num_beams, max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
-
-# %% ../nbs/03_generation.ipynb #c42cb546
-def _search(tree, first, K, C, eos, pad, processor) -> Beams:
-    "The loop of beam search: one forward a step"
-    B, V = first.shape
-    device, ids, rows = first.device, tree.input_ids, torch.arange(B, device=first.device)  # rows: the prompts still searched
-    out = Beams(torch.full((B, K, C), pad, device=device), torch.full((B, K), -torch.inf, device=device), torch.zeros(B, K, dtype=torch.long, device=device))
-    def logps(logits, written): # (b, Q, V), (b, Q, t) -> (b, Q, V)
-        logp = logits.log_softmax(-1)
-        if processor is None: return logp
-        prompts = ids[rows][:, None].expand(-1, written.shape[1], -1)
-        return processor(torch.cat([prompts, written], -1).flatten(0, 1), logp.flatten(0, 1)).view_as(logp)
-    def store(chosen): # rows of the state whose search is over
-        k = scores.shape[1]
-        out.sequences[rows[chosen], :k, :written.shape[2]] = written[chosen]
-        out.scores[rows[chosen], :k], out.lengths[rows[chosen], :k] = scores[chosen], lengths[chosen]
-
-    empty = torch.zeros(B, 1, 0, dtype=torch.long, device=device)
-    logp, order = logps(first[:, None], empty), torch.zeros(B, 1, dtype=torch.long, device=device)
-    scores, ended, written = torch.zeros(B, 1, device=device), torch.zeros(B, 1, dtype=torch.bool, device=device), empty
-    lengths, ancestors = torch.zeros(B, 1, dtype=torch.long, device=device), torch.zeros(B, 1, 0, dtype=torch.bool, device=device)
-    for step in range(C):
-        scores, parents, tokens, ended = _best_candidates(scores, ended, order, logp, K, pad)
-        written = torch.cat([written.gather(1, parents[..., None].expand(-1, -1, step)), tokens[..., None]], -1)
-        lengths = lengths.gather(1, parents) + ~ended
-        ancestors = ancestors.gather(1, parents[..., None].expand(-1, -1, ancestors.shape[2]))
-        ended = ended | torch.isin(tokens, eos) | (scores == -torch.inf)
-        done = ended.all(1)
-        if step == C - 1 or done.all(): break
-        if 4 * int(done.sum()) >= len(done):                     # enough prompts are done to be worth a smaller batch
-            store(done.nonzero()[:, 0])
-            going = (~done).nonzero()[:, 0]
-            tree.keep_prompts(going)
-            rows, scores, written, lengths, ancestors, ended = (x[going] for x in (rows, scores, written, lengths, ancestors, ended))
-        Q = int((~ended).sum(1).max())
-        order = ended.int().argsort(dim=1, stable=True)[:, :Q]       # open beams first
-        ancestors = tree.sweep(ancestors & ~ended[..., None])
-        def of(x): return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-        written_by, stands_on = of(written), of(ancestors)
-        logits, seen = tree.extend(written_by[..., -1], stands_on)
-        logp = logps(logits, written_by)
-        ancestors = F.pad(ancestors, (0, Q)).scatter(1, order[..., None].expand(-1, -1, seen.shape[2]), seen)
-    store(torch.arange(len(rows), device=device))
-    lengths, width = out.lengths.masked_fill_(out.scores == -torch.inf, 0), int((out.scores > -torch.inf).sum(1).max())
-    out.sequences.masked_fill_(torch.arange(C, device=device) >= lengths[..., None], pad)
-    return Beams(out.sequences[:, :max(width, 1), :max(int(lengths.max()), 1)], out.scores[:, :max(width, 1)], lengths[:, :max(width, 1)])
+        tree = _tree(model, input_ids, attention_mask, num_beams, max_new_tokens, static, logits_processor)
+        scores = torch.full((len(input_ids), num_beams), -torch.inf, device=input_ids.device)
+        scores[:, 0] = 0                                         # one beam, that has written nothing
+        search = _Decoding(tree, tree.read_prompts(), scores, max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
+        def pick():
+            logp = search.process(search.logits.log_softmax(-1))
+            search.write(*_best_candidates(search.scores, search.ended, search.order, logp, pad_token_id))
+        return _run(model, search, pick, max_new_tokens, static == "capture")
 
 # %% ../nbs/03_generation.ipynb #3e4ea040
 def greedy(model, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, eos_token_id, pad_token_id: int,
-           logits_processor=None) -> Beams: # K = 1
+           logits_processor=None, static: bool | str | None = None) -> Beams: # K = 1
     "The most likely token at each step"
     return beam_search(model, input_ids, attention_mask, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id,
-                       pad_token_id=pad_token_id, logits_processor=logits_processor)
+                       pad_token_id=pad_token_id, logits_processor=logits_processor, static=static)
+
+# %% ../nbs/03_generation.ipynb #c654b55f
+def _draw(search, temperature, generator):
+    "A token for every open place; places keep their order"
+    logp = search.logits.log_softmax(-1)
+    chances = search.process(logp / temperature).softmax(-1)
+    tokens = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(search.order.shape)
+    gains = logp.gather(2, tokens[..., None])[..., 0]
+    tokens = torch.full_like(search.tokens, search.pad).scatter(1, search.order, tokens).masked_fill(search.ended, search.pad)
+    gains = torch.zeros_like(search.scores).scatter(1, search.order, gains).masked_fill(search.ended, 0)
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    search.write(search.scores + gains, places, tokens, search.ended)
 
 # %% ../nbs/03_generation.ipynb #972ecde3
 def sample(model, input_ids: Tensor, # (B, P) long, left padded
@@ -348,6 +446,7 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
            temperature: float = 1.0,
            generator: torch.Generator | None = None, # of the random numbers; torch's global one by default
            logits_processor=None, # for instance Transformers' TopPLogitsWarper
+           static: bool | None = None, # shapes that never change; None: on an accelerator
            ) -> Beams: # in the order of drawing; scores are the policy's own, at temperature 1
     "K independent samples of each prompt, each prompt read once"
     attention_mask = _check(model, input_ids, attention_mask, num_return_sequences, max_new_tokens)
@@ -356,33 +455,10 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
         if reason := why_no_tree(model, input_ids.shape[1] + max_new_tokens):
             return _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, logits_processor,
                                 do_sample=True, temperature=temperature, top_k=0, num_return_sequences=num_return_sequences)
-        tree = BeamTree(model, input_ids, attention_mask)
-        first = tree.read_prompts()[:, None].expand(-1, num_return_sequences, -1)
-        with tree_attention_on(model):
-            return _draw(tree, first, max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, temperature, generator, logits_processor)
-
-# %% ../nbs/03_generation.ipynb #c654b55f
-def _draw(tree, logits, C, eos, pad, temperature, generator, processor) -> Beams:
-    "The loop of sampling: one forward a step"
-    B, K, V = logits.shape
-    device = logits.device
-    written = torch.full((B, K, C), pad, device=device)
-    scores, lengths = torch.zeros(B, K, device=device), torch.zeros(B, K, dtype=torch.long, device=device)
-    ended, ancestors = torch.zeros(B, K, dtype=torch.bool, device=device), torch.zeros(B, K, 0, dtype=torch.bool, device=device)
-    for step in range(C):
-        logp = logits.log_softmax(-1)
-        warped = logp / temperature
-        if processor is not None:
-            rows = torch.cat([tree.input_ids[:, None].expand(-1, K, -1), written[..., :step]], -1)
-            warped = processor(rows.flatten(0, 1), warped.flatten(0, 1)).view_as(warped)
-        tokens = torch.multinomial(warped.softmax(-1).flatten(0, 1), 1, generator=generator).view(B, K)
-        tokens = torch.where(ended, pad, tokens)
-        scores += torch.where(ended, 0, logp.gather(2, tokens[..., None])[..., 0])
-        written[..., step], lengths = tokens, lengths + ~ended
-        ended = ended | torch.isin(tokens, eos)
-        if ended.all() or step == C - 1: break
-        logits, ancestors = tree.extend(tokens, ancestors)
-    return Beams(written[..., :int(lengths.max())], scores, lengths)
+        tree = _tree(model, input_ids, attention_mask, num_return_sequences, max_new_tokens, static)
+        drawn = _Decoding(tree, tree.read_prompts(), torch.zeros(len(input_ids), num_return_sequences, device=input_ids.device),
+                          max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
+        return _run(model, drawn, lambda: _draw(drawn, temperature, generator), max_new_tokens)
 
 # %% ../nbs/03_generation.ipynb #bc16412e
 _WARNED = set()
@@ -426,9 +502,15 @@ class PrefixGrammar(LogitsProcessor):
         self.end = mark([tokenizer.eos_token])
         self.leaves = ~(self.binary | self.signs | self.digits | self.separator | self.end | mark(other))
 
+    def _kinds(self, device):
+        "The marks, moved to a device once"
+        if self.binary.device != device:
+            for name in ("binary", "signs", "digits", "separator", "end", "leaves"): setattr(self, name, getattr(self, name).to(device))
+        return vars(self)
+
     def __call__(self, input_ids, # (N, P + t)
                  scores):         # (N, V)
-        kinds = {name: getattr(self, name).to(input_ids.device) for name in ("binary", "signs", "digits", "separator", "end", "leaves")}
+        kinds = self._kinds(input_ids.device)
         written = input_ids[:, self.prompt_length:]
         def at(name): return kinds[name][written]
         part = at("separator").long().flip(1).cumsum(1).flip(1) == 0           # after the last separator

@@ -1,0 +1,400 @@
+"Beam search, sampling and greedy decoding over a shared prefix: equal to `generate` and to a naive loop, for every family and every shape."
+import inspect
+import warnings
+from functools import lru_cache
+
+import pytest
+import torch
+import transformers as T
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bgrpo_nb.generation import TREE_ATTENTION, PrefixGrammar, beam_search, greedy, sample, why_no_tree
+from bgrpo_nb.model import choose_attention, load_tokenizer
+
+V = 13
+SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64,
+             pad_token_id=0, eos_token_id=None, bos_token_id=None, initializer_range=0.6)
+GROUPED = dict(SHAPE, num_key_value_heads=2)
+HEAD = dict(GROUPED, head_dim=8)
+FAMILIES = dict(
+    gpt2=(T.GPT2Config, dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+                             initializer_range=0.6)),
+    llama=(T.LlamaConfig, GROUPED), qwen2=(T.Qwen2Config, GROUPED), qwen3=(T.Qwen3Config, HEAD),
+    mistral=(T.MistralConfig, dict(GROUPED, sliding_window=32)), gemma=(T.GemmaConfig, HEAD),
+    gemma2=(T.Gemma2Config, dict(HEAD, sliding_window=32, attn_logit_softcapping=5.0, initializer_range=0.2)), # softcap, windows in every other layer
+    gemma3=(T.Gemma3TextConfig, dict(HEAD, sliding_window=32, initializer_range=0.2)),
+    gpt_neox=(T.GPTNeoXConfig, SHAPE), phi=(T.PhiConfig, GROUPED), opt=(T.OPTConfig, dict(SHAPE, ffn_dim=48, word_embed_proj_dim=32)),
+    mixtral=(T.MixtralConfig, dict(GROUPED, num_local_experts=4)))
+PROMPTS = torch.tensor([[0, 0, 5, 3, 8, 2], [3, 7, 2, 9, 11, 4]])
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+NO_END = dict(max_new_tokens=8, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Models this small are fastest on one thread"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@lru_cache
+def family(name):
+    kind, shape = FAMILIES[name]
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(kind(**shape)).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def by_generate(model, ids, mask, K, C, **kwargs):
+    out = model.generate(ids, attention_mask=mask, num_beams=K, num_return_sequences=K, length_penalty=0.0, do_sample=False, max_new_tokens=C,
+                         pad_token_id=0, return_dict_in_generate=True, output_scores=True, **kwargs)
+    return out.sequences[:, ids.shape[1]:].view(len(ids), K, -1), out.sequences_scores.view(len(ids), K)
+
+
+@torch.no_grad()
+def naive(model, prompt, K, C, eos):
+    "No cache, no padding, no tree: every open beam is forwarded over its whole text"
+    beams = [([], 0.0)]
+    for _ in range(C):
+        going = [b for b in beams if not (b[0] and b[0][-1] in eos)]
+        if not going: break
+        logp = model(torch.tensor([prompt + tokens for tokens, _ in going])).logits[:, -1].float().log_softmax(-1)
+        found = [(t + [v], s + x) for (t, s), row in zip(going, logp.tolist()) for v, x in enumerate(row)]
+        beams = sorted([b for b in beams if b not in going] + found, key=lambda b: -b[1])[:K]
+    return beams
+
+
+def as_lists(beams, b): return [(s[:n].tolist(), x.item()) for s, x, n in zip(beams.sequences[b], beams.scores[b], beams.lengths[b]) if n]
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    assert max(abs(a - b) for (_, a), (_, b) in zip(found, expected)) < tolerance
+
+
+def padded(prompts):
+    P = max(map(len, prompts))
+    return torch.tensor([[0] * (P - len(p)) + p for p in prompts]), torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_beams_are_those_of_generate(name):
+    model = family(name)
+    assert why_no_tree(model, 14) is None
+    ours = beam_search(model, PROMPTS, MASK, num_beams=6, **NO_END)
+    sequences, scores = by_generate(model, PROMPTS, MASK, 6, 8)
+    assert torch.equal(ours.sequences, sequences)
+    torch.testing.assert_close(ours.scores, scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_beams_that_end_are_those_of_the_naive_loop(name):
+    found = beam_search(family(name), PROMPTS, MASK, num_beams=5, max_new_tokens=6, eos_token_id=[1, 4, 6], pad_token_id=0)
+    for b in range(2): assert_same(as_lists(found, b), naive(family(name), PROMPTS[b][MASK[b].bool()].tolist(), 5, 6, {1, 4, 6}))
+
+
+prompts = st.lists(st.lists(st.integers(1, V - 1), min_size=1, max_size=9), min_size=1, max_size=4)
+ends = st.sampled_from([(), (1,), (1, 4), (2, 3, 5, 7, 11), tuple(range(1, V))])
+
+
+@settings(max_examples=25, derandomize=True, deadline=None, database=None)
+@given(prompts, st.integers(1, 20), st.integers(1, 9), ends, st.sampled_from(["gpt2", "llama"]), st.booleans())
+def test_any_lengths_widths_and_ends(texts, K, C, eos, name, static):
+    model, (ids, mask) = family(name), padded(texts)
+    found = beam_search(model, ids, mask, num_beams=K, max_new_tokens=C, eos_token_id=list(eos), pad_token_id=0, static=static)
+    for b, text in enumerate(texts): assert_same(as_lists(found, b), naive(model, text, K, C, set(eos)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+def test_a_long_search_sweeps_its_tree(name):
+    "Many dead nodes, prompts that leave, ids ended at different times: all forms of the search agree"
+    kwargs = dict(num_beams=16, max_new_tokens=25, pad_token_id=0)
+    ids, mask = padded([[5, 3], [7, 2, 9], [6], [8, 8, 8]])
+    for eos in (None, [1], [1, 2, 3]):
+        swept, fixed = (beam_search(family(name), ids, mask, eos_token_id=eos, static=static, **kwargs) for static in (False, True))
+        assert torch.equal(swept.sequences, fixed.sequences) and torch.equal(swept.lengths, fixed.lengths)
+        torch.testing.assert_close(swept.scores, fixed.scores, atol=1e-4, rtol=0)
+    assert_same(as_lists(swept, 1), naive(family(name), [7, 2, 9], 16, 25, {1, 2, 3}))
+
+
+def test_more_beams_than_words():
+    one = beam_search(family("llama"), PROMPTS, MASK, num_beams=40, max_new_tokens=1, eos_token_id=1, pad_token_id=0)
+    assert one.sequences.shape == (2, V, 1) and torch.isfinite(one.scores).all()
+    ended = beam_search(family("llama"), PROMPTS, MASK, num_beams=40, max_new_tokens=5, eos_token_id=list(range(V)), pad_token_id=0)
+    assert ended.sequences.shape == (2, V, 1)                    # everything ends at once: no fortieth beam is invented
+
+
+def test_without_a_cache():
+    "The reference: `use_cache=False` gives the same beams"
+    ours = beam_search(family("gpt2"), PROMPTS, MASK, num_beams=4, **NO_END)
+    sequences, scores = by_generate(family("gpt2"), PROMPTS, MASK, 4, 8, use_cache=False)
+    assert torch.equal(ours.sequences, sequences)
+    torch.testing.assert_close(ours.scores, scores, atol=1e-4, rtol=0)
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4} # nats over 8 tokens
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_precisions(name, dtype):
+    "A beam's score is what the model itself, in the same precision and without a cache, gives to its tokens"
+    kind, shape = FAMILIES[name]
+    model = T.AutoModelForCausalLM.from_config(kind(**dict(shape, initializer_range=0.2)), dtype=dtype).eval()
+    model.load_state_dict({k: v.to(dtype) for k, v in family(name).state_dict().items()})
+    for static in (False, True):
+        beams = beam_search(model, PROMPTS[1:], num_beams=5, static=static, **NO_END)
+        assert beams.scores.dtype == torch.float32
+        texts = torch.cat([PROMPTS[1:].expand(5, -1), beams.sequences[0]], 1)
+        with torch.no_grad(): logp = model(texts).logits[:, 5:-1].float().log_softmax(-1)
+        plain = logp.gather(2, beams.sequences[0][..., None]).sum((1, 2))
+        assert (plain - beams.scores[0]).abs().max() < TOLERANCE[dtype]
+
+
+class Forwards:
+    "Counts a model's forwards and their rows"
+    def __init__(self, model): self.model, self.shapes = model, []
+    def __enter__(self):
+        def note(module, args, kwargs): self.shapes.append(tuple(kwargs.get("input_ids", args[0] if args else None).shape))
+        self.hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        return self
+    def __exit__(self, *_): self.hook.remove()
+
+
+@pytest.mark.parametrize("call", [beam_search, greedy, sample])
+def test_too_long_is_refused_before_anything_is_computed(call):
+    how = dict(num_beams=3) if call is beam_search else {}
+    with Forwards(family("gpt2")) as forwards, pytest.raises(ValueError, match="lower max_new_tokens by 6"):
+        call(family("gpt2"), PROMPTS, MASK, max_new_tokens=64, eos_token_id=1, pad_token_id=0, **how)
+    assert not forwards.shapes
+    call(family("gpt2"), PROMPTS[:, :2], max_new_tokens=4, eos_token_id=1, pad_token_id=0, **how)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_settings_come_back_after_an_exception(static):
+    model, calls = family("llama"), []
+    def breaks(ids, scores):
+        calls.append(model.config._attn_implementation)
+        if len(calls) == 3: raise ZeroDivisionError
+        return scores
+    model.train()
+    try:
+        for call, how in ((beam_search, dict(num_beams=3)), (sample, dict(num_return_sequences=3))):
+            calls.clear()
+            with pytest.raises(ZeroDivisionError): call(model, PROMPTS, MASK, logits_processor=breaks, static=static, **how, **NO_END)
+            assert calls == [TREE_ATTENTION] * 3 and model.training and model.config._attn_implementation == "sdpa"
+            assert torch.is_grad_enabled()
+    finally: model.eval()
+
+
+def test_the_prompt_is_read_once():
+    with Forwards(family("llama")) as forwards: sample(family("llama"), PROMPTS, MASK, num_return_sequences=9, **NO_END)
+    assert forwards.shapes == [(2, 6)] + [(2, 9)] * 7
+    with Forwards(family("llama")) as forwards: beam_search(family("llama"), PROMPTS, MASK, num_beams=9, **NO_END)
+    assert forwards.shapes == [(2, 6)] + [(2, 9)] * 7
+
+
+def last_step(model, text, K, C, eos):
+    "After how many tokens the naive loop has nothing open"
+    return next((t for t in range(1, C + 1) if all(b[0][-1] in eos for b in naive(model, text, K, t, eos))), C)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_stops_when_nothing_open_can_enter(name):
+    "An open beam holds one of the K places, so a prompt is over when all K have ended, and not a step later"
+    model, eos, texts = family(name), {1, 2, 3, 4, 5, 6, 7}, [[5, 3, 8], [9, 11, 2], [12, 2, 2], [8, 10, 7]]
+    steps = [last_step(model, text, 4, 20, eos) for text in texts]
+    assert len(set(steps)) > 1 and max(steps) < 20
+    with Forwards(model) as forwards:
+        beam_search(model, torch.tensor(texts), num_beams=4, max_new_tokens=20, eos_token_id=list(eos), pad_token_id=0)
+    assert len(forwards.shapes) == max(steps)                    # a prefill, and a forward before every further token
+    rows = [b for b, _ in forwards.shapes[1:]]
+    assert rows == [sum(s > t for s in steps) for t in range(1, max(steps))]  # each prompt leaves at its own end
+    with Forwards(model) as forwards:
+        beam_search(model, torch.tensor(texts), num_beams=4, max_new_tokens=20, eos_token_id=list(eos), pad_token_id=0, static=True)
+    assert len(forwards.shapes) == -(-max(steps) // 8) * 8       # looked at every eight tokens
+
+
+@pytest.mark.parametrize("config, reason", [
+    (T.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=None), "recurrent state"),
+    (T.MistralConfig(**GROUPED, sliding_window=10), "window of 10 tokens"),
+    (T.Gemma3TextConfig(**HEAD, sliding_window=10), "window of 10 tokens"),
+    (T.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, eos_token_id=None), "no position_ids")], ids=lambda x: type(x).__name__)
+def test_families_without_a_tree_warn_once(config, reason):
+    from bgrpo_nb import generation
+    generation._WARNED.clear()
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        beams = [beam_search(model, PROMPTS, MASK, num_beams=3, **NO_END) for _ in range(2)]
+        sample(model, PROMPTS, MASK, num_return_sequences=2, **NO_END)
+    told = [str(w.message) for w in caught if "goes through generate()" in str(w.message)]
+    assert len(told) == 1 and reason in told[0]
+    sequences, scores = by_generate(model, PROMPTS, MASK, 3, 8)
+    assert torch.equal(beams[1].sequences, sequences)
+    torch.testing.assert_close(beams[1].scores, scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_greedy_and_samples_from_the_same_engine(name):
+    model = family(name)
+    expected = model.generate(PROMPTS, attention_mask=MASK, do_sample=False, max_new_tokens=8, pad_token_id=0)[:, 6:]
+    assert torch.equal(greedy(model, PROMPTS, MASK, **NO_END).sequences[:, 0], expected)
+    cold = sample(model, PROMPTS, MASK, num_return_sequences=3, temperature=1e-5, **NO_END)
+    assert torch.equal(cold.sequences, expected[:, None].expand(-1, 3, -1))
+    for static in (False, True):
+        drawn = sample(model, PROMPTS, MASK, num_return_sequences=5, max_new_tokens=8, eos_token_id=[1, 4], pad_token_id=0, static=static,
+                       generator=torch.Generator().manual_seed(0))
+        for b in range(2):
+            for tokens, score in as_lists(drawn, b):
+                text = PROMPTS[b][MASK[b].bool()].tolist()
+                with torch.no_grad(): logp = model(torch.tensor([text + tokens])).logits[0, len(text) - 1:-1].log_softmax(-1)
+                assert abs(logp.gather(1, torch.tensor(tokens)[:, None]).sum().item() - score) < 1e-4
+                assert not {1, 4} & set(tokens[:-1]) and (len(tokens) == 8 or tokens[-1] in (1, 4))
+
+
+def well_formed(words):
+    "Prefix notation, read from the left; None while it is unfinished"
+    need, digits = 1, False
+    for i, w in enumerate(words):
+        if w in "0123456789": assert i and words[i - 1] in list("PN0123456789")
+        else:
+            assert not (i and words[i - 1] in list("PN")), "a sign without digits"
+            if w == "&": assert need == 0; need = 1; continue
+            assert need > 0
+            need += 1 if w in "+*^" else -1
+    return need == 0
+
+
+def test_the_grammar_in_generate_and_in_beams():
+    tokenizer = load_tokenizer("single")
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(T.LlamaConfig(**dict(GROUPED, vocab_size=len(tokenizer)))).eval()
+    model.generation_config.eos_token_id = None
+    ids, end = torch.tensor([[5, 6, 7, 8]]), tokenizer.eos_token_id
+    grammar = PrefixGrammar(tokenizer, prompt_length=4)
+    greedy_theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=end,
+                                   logits_processor=[grammar])[0, 4:].tolist()
+    ours = greedy(model, ids, max_new_tokens=12, eos_token_id=end, pad_token_id=0, logits_processor=grammar)
+    assert ours.sequences[0, 0, :ours.lengths[0, 0]].tolist() == greedy_theirs
+    theirs = by_generate(model, ids, torch.ones_like(ids), 4, 12, eos_token_id=end, logits_processor=[grammar])[0][0].tolist()
+    wide = [beam_search(model, ids, num_beams=8, max_new_tokens=12, eos_token_id=end, pad_token_id=0, logits_processor=grammar, static=s) for s in (False, True)]
+    assert torch.equal(wide[0].sequences, wide[1].sequences)
+    for tokens in theirs + [t for t, _ in as_lists(wide[0], 0)]:
+        words = tokenizer.convert_ids_to_tokens(tokens)
+        if "⁇" in words: assert well_formed(words[:words.index("⁇")])
+        else: well_formed(words)
+
+
+class Operations(TorchDispatchMode):
+    "Every operation with the shapes it is given; those that make the host wait, apart"
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
+    def __init__(self):
+        super().__init__()
+        self.seen, self.waits = [], []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = tuple(tuple(x.shape) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        self.seen.append((func.name(), shapes))
+        if any(w in func.name() for w in self.WAITS): self.waits.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("call, how", [(beam_search, dict(num_beams=5)), (sample, dict(num_return_sequences=5))], ids=["beams", "samples"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+def test_static_steps_repeat_one_list_of_operations(name, call, how):
+    "What a captured step needs: the same operations on the same shapes, and no waiting for the device between them"
+    model, marks, operations = family(name), [], Operations()
+    call(model, PROMPTS, MASK, **how, **NO_END)                  # probes are done
+    hook = model.register_forward_pre_hook(lambda *_: marks.append((len(operations.seen), len(operations.waits))))
+    try:
+        with operations: call(model, PROMPTS, MASK, static=True, max_new_tokens=15, eos_token_id=1, pad_token_id=0, **how)
+    finally: hook.remove()
+    between = [(operations.seen[a:b], w2 - w) for (a, w), (b, w2) in zip(marks[1:], marks[2:])]
+    assert len(between) == 13
+    quiet = [ops for ops, waits in between if not waits]
+    assert len(quiet) == 12 and all(ops == quiet[0] for ops in quiet) # one look in between: has everything ended?
+
+
+def test_asking_for_a_graph_without_a_device():
+    with pytest.raises(ValueError, match="CUDA"): beam_search(family("gpt2"), PROMPTS, MASK, num_beams=2, static="capture", **NO_END)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_captured_search(name, dtype):
+    kind, shape = FAMILIES[name]
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(kind(**shape), dtype=dtype).eval().cuda()
+    found = [beam_search(model, PROMPTS.cuda(), MASK.cuda(), num_beams=6, max_new_tokens=20, eos_token_id=[1, 4], pad_token_id=0, static=s)
+             for s in (False, True, "capture")]
+    for other in found[1:]:
+        if dtype == torch.float32: assert torch.equal(found[0].sequences, other.sequences)
+        torch.testing.assert_close(found[0].scores, other.scores, atol=1e-3 if dtype == torch.float32 else 0.5, rtol=0)
+
+
+def test_attention_choice(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_attention("auto", cpu, torch.bfloat16) == "sdpa"
+    assert choose_attention("eager", cpu, torch.float32) == "eager"
+    with pytest.raises(ValueError, match=r"a CUDA device.*bfloat16.*flash-attn \(pip install 'bgrpo_nb\[gpu\]'\)"):
+        choose_attention("flash_attention_2", cpu, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    assert choose_attention("auto", gpu, torch.bfloat16) == choose_attention("flash_attention_2", gpu, torch.bfloat16) == "flash_attention_2"
+    assert choose_attention("auto", gpu, torch.float32) == "sdpa"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with pytest.raises(ValueError, match="compute capability 8.0"): choose_attention("flash_attention_2", gpu, torch.bfloat16)
+
+
+EXPECTED = {
+    "an attention function (transformers.integrations.sdpa_attention.sdpa_attention_forward)":
+        ("module", "query", "key", "value", "attention_mask", "dropout", "scaling"),
+    "Cache.__init__": ("self", "layers", "layer_class_to_replicate"),
+    "Cache.update": ("self", "key_states", "value_states", "layer_idx", "args", "kwargs"),
+    "DynamicLayer.update": ("self", "key_states", "value_states", "args", "kwargs"),
+    "DynamicLayer.lazy_initialization": ("self", "key_states", "value_states"),
+    "DynamicLayer.get_seq_length": ("self",),
+    "sdpa_mask": ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "local_size",
+                  "allow_is_causal_skip"),
+    "AttentionInterface.register": ("key", "value"), "AttentionMaskInterface.register": ("key", "value"),
+    "PreTrainedModel.set_attn_implementation": ("self", "attn_implementation")}
+
+
+def test_transformers_still_has_the_interfaces_that_a_tree_stands_on():
+    from transformers.cache_utils import Cache, DynamicLayer
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    found = dict(zip(EXPECTED, (sdpa_attention_forward, Cache.__init__, Cache.update, DynamicLayer.update, DynamicLayer.lazy_initialization,
+                                DynamicLayer.get_seq_length, sdpa_mask, T.AttentionInterface.register, AttentionMaskInterface.register,
+                                T.PreTrainedModel.set_attn_implementation)))
+    for name, function in found.items():
+        parameters = tuple(inspect.signature(function).parameters)
+        assert parameters[:len(EXPECTED[name])] == EXPECTED[name], (
+            f"transformers {T.__version__} changed {name}: its parameters begin {parameters[:len(EXPECTED[name])]}, 03_generation expects "
+            f"{EXPECTED[name]}; read TreeCache, _TreeLayer, tree_attention and _whole_mask again")
+
+
+def test_transformers_still_calls_them_as_a_tree_expects():
+    seen = {}
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        seen.update(query=query.shape, key=key.shape, mask=attention_mask, kwargs=set(kwargs))
+        return query.transpose(1, 2).contiguous(), None
+    T.AttentionInterface.register("spy", attention)
+    model, before = family("llama"), family("llama").config._attn_implementation
+    model.set_attn_implementation("spy")
+    mask = torch.zeros(1, 1, 3, 3)
+    try:
+        with torch.no_grad(): model(torch.tensor([[1, 2, 3]]), attention_mask=mask, position_ids=torch.zeros(1, 3, dtype=torch.long))
+    finally: model.set_attn_implementation(before)
+    says = f"transformers {T.__version__} changed"
+    assert seen["query"] == (1, 4, 3, 8) and seen["key"] == (1, 2, 3, 8), f"{says} the layout of queries and keys: not (B, H, Q, D) and (B, H_kv, N, D)"
+    assert seen["mask"] is not None and torch.equal(seen["mask"], mask), f"{says} what becomes of a 4-D mask: it no longer reaches attention as it is"
+    assert "scaling" in seen["kwargs"], f"{says} the keywords of attention: {seen['kwargs']} has no scaling"
