@@ -238,7 +238,7 @@ def demo(argv):
     "Watch the bundled policy learn a degree that it never saw, by its own beams"
     p = _Parser(prog="bgrpo demo", description=demo.__doc__)
     p.add_argument("--output_dir", default="runs/demo", help="the run folder; an earlier run in it is replaced")
-    p.add_argument("--steps", type=int, default=30, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=24, help="optimizer steps")
     p.add_argument("--pool", type=int, default=1200, help="fresh problems that the beam filter chooses from")
     p.add_argument("--held_out", type=int, default=150, help="problems of each degree to measure on")
     p.add_argument("--seed", type=int, default=0, help="of the problems and the training")
@@ -249,6 +249,8 @@ def demo(argv):
     from bgrpo_nb.data import generate_problems
     from bgrpo_nb.model import load_model, load_tokenizer
     from bgrpo_nb.trainer import TrainConfig, train_bgrpo
+    import torch
+    torch.set_num_threads(1)  # so small a policy gains nothing from a second thread, and waits for it where the machine is shared
     model, tokenizer, seed = load_model("tiny", device="cpu"), load_tokenizer("tiny"), 10_000 + a.seed  # the policy was trained on seeds 0 and 1
     old, new = (generate_problems(a.held_out, outer, 2, seed=seed, canonical=True) for outer in (2, 3))
     pool = generate_problems(a.pool, 3, 2, seed=seed + 10_000, canonical=True, exclude=new)
