@@ -465,8 +465,8 @@ _WARNED = set()
 
 def _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, processor, **how) -> Beams:
     "The same through Transformers' own loop"
-    if (type(model).__name__, reason) not in _WARNED:
-        _WARNED.add((type(model).__name__, reason))
+    if (key := (type(model).__name__, reason.split(" (")[0])) not in _WARNED:   # the length in brackets changes from batch to batch
+        _WARNED.add(key)
         warnings.warn(f"{type(model).__name__} goes through generate(), which is slower: {reason}", stacklevel=3)
     processors = None if processor is None else processor if isinstance(processor, list) else LogitsProcessorList([processor])
     before = model.generation_config.eos_token_id
