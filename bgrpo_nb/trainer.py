@@ -75,7 +75,7 @@ from .data import Problem, generate_problems, polynomial_key, read_degrees, read
 from .evaluation import evaluate as measure
 from .evaluation import plot_history
 from .generation import why_no_tree
-from .model import decode_completions, load_model, load_tokenizer, save_model
+from .model import decode_completions, encode, load_model, load_tokenizer, save_model
 from .rewards import REWARDS, balance_rewards, decomposition_reward
 from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, setting, show_progress, write_json
 from .trl_batching import group_order, positions_from_mask, roll_out, share_groups, trie_logps
@@ -329,6 +329,7 @@ def train_bgrpo(config: TrainConfig,
     "Train by beams, validate, save; the run folder tells the rest"
     train, held_out = (list(problems), list(held_out)) if problems is not None else choose_problems(config)
     tokenizer, model = load_tokenizer(config.model), load_model(config.model, device="cpu")
+    encode(tokenizer, [p.prompt for p in [*train, *held_out]])   # names a word that the policy does not know
     checkpoint = open_run(config.output_dir, config.to_dict(), config.resume)
     if config.max_completion_length is None: config.max_completion_length = answer_tokens(train + held_out)
     if not held_out: config.eval_strategy, config.eval_on_start = "no", False
