@@ -40,7 +40,7 @@ def sync(root):
 
 def files(root):
     "Relative path -> bytes of all that is generated or cleaned"
-    found = [p for part in ("nbs", "bgrpo_nb") for p in (root / part).rglob("*") if p.suffix in (".py", ".ipynb")]
+    found = [p for part in ("nbs", "bgrpo_nb") for p in (root / part).rglob("*") if p.suffix in (".py", ".ipynb", ".txt")]
     kept = [p for p in found if not {"__pycache__", ".ipynb_checkpoints", "_build"} & set(p.parts)]
     return {str(p.relative_to(root)): p.read_bytes() for p in [*kept, root / "README.md"] if p.exists()}
 
