@@ -49,6 +49,16 @@ def test_what_cannot_be_done_is_one_line_and_status_2(line, says, tmp_path):
     assert len(lines) == 1 and lines[0].startswith("bgrpo") and says in lines[0], done.stderr
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_config_of_the_repository_is_read(path):
+    "configs/COMMAND/*.yaml, each by its command"
+    from bgrpo_nb.cli import read_config
+    from bgrpo_nb.sft import SupervisedConfig
+    from bgrpo_nb.trainer import TrainConfig
+    config = read_config({"sft": SupervisedConfig, "train": TrainConfig}[path.parent.name], ["--config", str(path), "--use_cpu", "true"], "bgrpo")
+    assert str(config.output_dir).startswith("runs/") and (path.name != "original.yaml" or (config.scale_rewards, config.num_iterations, config.beta) == ("group", 5, 0.01))
+
+
 def test_generate_filter_evaluate_train_plot(tmp_path):
     "A user's own file through every command"
     def ok(*words):
