@@ -1,6 +1,6 @@
 """Gradients over the group's trie against full rows, and a whole optimizer step against stock `GRPOTrainer` with beams by `generate`.
 
-6 layers x 512, prompts of degree 4 of 4 (about 250 tokens), 40 new tokens, 25 beams, fp32 on a CPU. Ratios are of two things timed in one run;
+6 layers x 512, prompts of degree 4 of 4 (the recorded one has 220 tokens), 40 new tokens, 25 beams, fp32 on a CPU. Ratios are of two things timed in one run;
 peak memory is that of a process which does one of the two alone.
 
     python benchmarks/bench_training.py [--quick]      # quick: 4 prompts a step instead of 20"""

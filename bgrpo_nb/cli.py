@@ -33,6 +33,7 @@ import ast
 import difflib
 import shlex
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def read_config(cls,             # a config dataclass
     first.add_argument("--config")
     given, argv = first.parse_known_args(argv)
     flags = [s for a in parser._actions for s in a.option_strings]
-    parser.set_defaults(**{k: v for k, v in _read_yaml(given.config, flags, complain).items()} if given.config else {})
+    parser.set_defaults(**_read_yaml(given.config, flags, complain) if given.config else {})
     config, extra = parser.parse_args_into_dataclasses(_rename(argv), look_for_args_file=False, return_remaining_strings=True)
     if extra: complain(unknown_flag(extra[0], flags))
     return config
@@ -250,7 +251,7 @@ def demo(argv):
     from bgrpo_nb.model import load_model, load_tokenizer
     from bgrpo_nb.trainer import TrainConfig, train_bgrpo
     import torch
-    torch.set_num_threads(1)  # so small a policy gains nothing from a second thread, and waits for it where the machine is shared
+    torch.set_num_threads(1)  # the searches of so small a policy gain little from a second thread, and wait for it on a busy machine
     model, tokenizer, seed = load_model("tiny", device="cpu"), load_tokenizer("tiny"), 10_000 + a.seed  # the policy was trained on seeds 0 and 1
     old, new = (generate_problems(a.held_out, outer, 2, seed=seed, canonical=True) for outer in (2, 3))
     pool = generate_problems(a.pool, 3, 2, seed=seed + 10_000, canonical=True, exclude=new)
@@ -313,7 +314,7 @@ def main(argv: list[str] | None = None) -> int: # exit status: 0, 2 (something t
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"): return print(overview()) or 0
     try:
-        if argv[0] == "--version": return print(__import__("bgrpo_nb").__version__) or 0
+        if argv[0] == "--version": return print(version("bgrpo_nb")) or 0
         if argv[0] not in COMMANDS: raise Fault(f"{unknown_flag(argv[0], list(COMMANDS))}; see `bgrpo --help`")
         return COMMANDS[argv[0]][0](argv[1:]) or 0
     except (Fault, ValueError, OSError) as e: print(f"bgrpo {' '.join(str(e).split())}" if isinstance(e, Fault) else f"bgrpo: {' '.join(str(e).split())}", file=sys.stderr)

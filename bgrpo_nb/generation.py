@@ -492,7 +492,7 @@ class PrefixGrammar(LogitsProcessor):
     "Only well-formed prefix notation; works with every search here and with `generate`"
     def __init__(self, tokenizer, prompt_length: int, # P, with padding
                  binary=("+", "*", "^"), signs=("P", "N"), digits=tuple("0123456789"), separator="&", other=("□",)):
-        ids, known = tokenizer.convert_tokens_to_ids, tokenizer.get_vocab()
+        known = tokenizer.get_vocab()
         self.prompt_length, V = prompt_length, len(tokenizer)
         def mark(words):
             out = torch.zeros(V, dtype=torch.bool)

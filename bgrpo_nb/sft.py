@@ -33,7 +33,7 @@ __all__ = ['ProblemStream', 'collate', 'bucketed_order', 'bf16_is_native', 'Supe
 
 # %% ../nbs/04_sft.ipynb #df13e486
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Sequence
 
@@ -41,7 +41,7 @@ from typing import Sequence
 import numpy as np
 import torch
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 # %% ../nbs/04_sft.ipynb #f391ae31
 from .data import Problem, generate_problems, polynomial_key, read_degrees, read_problems

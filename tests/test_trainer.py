@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import MistralConfig, MistralForCausalLM
 
 from bgrpo_nb.data import generate_problems, write_problems
-from bgrpo_nb.model import decode_completions, load_model, load_tokenizer, new_model, save_model
+from bgrpo_nb.model import decode_completions, load_tokenizer, new_model, save_model
 from bgrpo_nb.rewards import advantages_of, decomposition_reward
 from bgrpo_nb.runs import read_metrics
 from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer, TrainConfig, train_bgrpo
