@@ -58,6 +58,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, LogitsProce
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+# %% ../nbs/03_generation.ipynb #ded3d7f8
+from .packed import packed_linears
+
+
 # %% ../nbs/03_generation.ipynb #d88e1ec3
 class Beams(NamedTuple):
     "What a search found, best first; samples stand in the order in which they were drawn"
@@ -380,7 +384,7 @@ def _run(model, search, pick, C, capture=False) -> Beams:
     def advance():
         search.forward()
         pick()
-    with tree_attention_on(model):
+    with tree_attention_on(model), packed_linears(model, rows=search.scores.numel()):
         pick()
         for search.step in range(1, C):
             if search.over(): return search.result()
