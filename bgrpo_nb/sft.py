@@ -50,7 +50,7 @@ from transformers import Trainer, TrainingArguments
 
 # %% ../nbs/04_sft.ipynb #f391ae31
 from .data import Problem, generate_problems, polynomial_key, read_degrees, read_problems
-from .model import PRESETS, choose_attention, load_model, load_tokenizer, new_model, save_model
+from .model import END, PRESETS, choose_attention, load_model, load_tokenizer, new_model, save_model, tokenize
 from .polynomial import canonical_inner
 from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, setting, show_progress, write_json
 
@@ -58,12 +58,10 @@ from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, setting
 class ProblemStream(Dataset):
     "Token ids of problems with answers, in the order of training"
     def __init__(self, problems: Sequence[Problem], tokenizer):
-        end, known = tokenizer.eos_token_id, tokenizer.get_vocab()
-        def ids(text): return [known[word] for word in text.split()]
-        dtype = np.uint8 if len(known) <= 256 else np.int32
-        try: self.rows = [np.array(ids(p.expanded) + [end] + ids(p.answer) + [end], dtype) for p in problems]
-        except KeyError as e: raise ValueError(f"the word {e} is not in this vocabulary of {len(known)} words; use vocabulary='multi'") from None
-        self.prompt_lengths = [len(p.expanded.split()) + 1 for p in problems]
+        dtype = np.uint8 if len(tokenizer) <= 256 else np.int32
+        prompts, answers = (tokenize(tokenizer, texts) for texts in zip(*((p.prompt, f"{p.answer} {END}") for p in problems)))
+        self.rows = [np.array(prompt + answer, dtype) for prompt, answer in zip(prompts, answers)]
+        self.prompt_lengths = [len(prompt) for prompt in prompts]
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return dict(ids=self.rows[i], prompt_length=self.prompt_lengths[i])
@@ -71,6 +69,7 @@ class ProblemStream(Dataset):
         "The same samples in another order"
         self.rows, self.prompt_lengths = [self.rows[i] for i in order], [self.prompt_lengths[i] for i in order]
         return self
+
 
 # %% ../nbs/04_sft.ipynb #83e86e55
 def collate(samples: list[dict], pad_token_id: int,
@@ -115,7 +114,7 @@ class SupervisedConfig(TrainingArguments):
     output_dir: str = setting("runs/sft", "the run folder")
     model: str | None = setting(None, "policy to go on from; a new one of the preset's size where it is left out")
     preset: str = setting("tiny", "size of a new policy: tiny, small or paper")
-    vocabulary: str = setting("single", "words of a new policy: single (one variable) or multi")
+    vocabulary: str = setting("single", "words of a new policy: single (one variable), compact (the same in longer tokens) or multi")
     problems: str | None = setting(None, "file of lines `expanded ⁇ answer` to train on; made afresh where it is left out")
     degrees: list[str] = field(default_factory=lambda: ["2_2"], metadata={"help": "degrees of the problems made afresh, outer_inner, mixed evenly"})
     coefficient_bound: int = setting(20, "coefficients of the problems made afresh lie in [-bound, bound]")
