@@ -369,7 +369,8 @@ def _load_rng_state(self: BGRPOTrainer, checkpoint):
     if checkpoint is None: return
     if not self._pending(checkpoint).exists():
         return warnings.warn(f"{checkpoint} was not written by {self.args.world_size} processes; training goes on from its weights, not from the same batch")
-    found = torch.load(self._pending(checkpoint), map_location=self.args.device, weights_only=True)
+    device = "cpu" if self.args.device.type == "cpu" else self.args.device       # a process among several names its CPU cpu:0
+    found = torch.load(self._pending(checkpoint), map_location=device, weights_only=True)
     self._step, self._buffered_inputs, self._tr_loss, self._globalstep_last_logged = (found[k] for k in ("step", "buffer", "loss", "logged"))
     for name, values in found["metrics"].items(): self._metrics["train"][name] = values
 
@@ -488,7 +489,7 @@ def train_bgrpo(config: TrainConfig,
     if config.max_completion_length is None: config.max_completion_length = answer_tokens(train + held_out)
     _check_lengths(encode(tokenizer, [p.prompt for p in [*train, *held_out]]).input_ids, model, config)   # encode names a word that the policy does not know
     main = config.process_index == 0
-    checkpoint = open_run(config.output_dir, config.to_dict(), config.resume, main)
+    with config.main_process_first(local=False): checkpoint = open_run(config.output_dir, config.to_dict(), config.resume, main)
     if checkpoint: config.eval_on_start = False
     if not held_out: config.eval_strategy, config.eval_on_start, config.metric_for_best_model = "no", False, None
     failed = True
