@@ -177,13 +177,16 @@ def _train(command, argv):
     if {"-h", "--help"} & set(argv): return print(fields_help(command))
     if command == "sft": from bgrpo_nb.sft import SupervisedConfig as Config, train_policy as run
     else: from bgrpo_nb.trainer import TrainConfig as Config, train_bgrpo as run
-    config = read_config(Config, argv, f"bgrpo {command}")
+    from bgrpo_nb.runs import agent_flags, best_table
+    config = read_config(Config, agent_flags(argv), f"bgrpo {command}")
     result = run(config)
+    if config.process_index: return 130 if result["stopped"] else 0     # one process speaks for all
     if result["stopped"]:
         again = shlex.join(["bgrpo", command, *argv, *([] if config.resume else ["--resume"])])
         print(f"stopped after step {result['step']}, saved in {config.output_dir}; go on with: {again}")
         return 130
     for report in result.get("reports", [])[:1] + result.get("reports", [])[1:][-1:]: print(report)
+    if result.get("best"): print(best_table(result["best"]))
     print(f"{result['step']} steps in {result['seconds']:.0f} s; the policy is in {Path(config.output_dir) / 'policy'}")
 
 # %% ../nbs/13_cli.ipynb #78048f1d
@@ -260,7 +263,7 @@ def demo(argv):
     old_before = evaluation.evaluate(model, tokenizer, old, progress=True)
     found = filter_by_beams(model, tokenizer, pool, progress="beam filter")
     print(found, flush=True)
-    result = train_bgrpo(TrainConfig(output_dir=str(folder), max_steps=a.steps, eval_steps=-(-a.steps // 3), save_steps=a.steps, seed=a.seed, use_cpu=True,
+    result = train_bgrpo(TrainConfig(output_dir=str(folder), max_steps=a.steps, eval_steps=-(-a.steps // 3), save_steps=a.steps, seed=a.seed, use_cpu=True, report_to="none",
                                      **DEMO | dict(prompts_per_step=min(DEMO["prompts_per_step"], len(found.kept)))), found.kept, new)
     if result["stopped"]:
         print(f"stopped after step {result['step']}; start again with: bgrpo demo")

@@ -1,4 +1,6 @@
-"BGRPOTrainer on small models: ranks, advantages, log-probabilities, two processes, signals."
+"BGRPOTrainer on small models: ranks, advantages, log-probabilities, several processes, validation, signals."
+import base64
+import hashlib
 import json
 import os
 import signal
@@ -10,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from transformers import MistralConfig, MistralForCausalLM
 
+from bgrpo_nb.cli import main
 from bgrpo_nb.data import generate_problems, write_problems
-from bgrpo_nb.model import decode_completions, load_tokenizer, new_model, save_model
+from bgrpo_nb.evaluation import METRICS
+from bgrpo_nb.model import decode_completions, load_model, load_tokenizer, new_model, save_model
 from bgrpo_nb.rewards import advantages_of, decomposition_reward
 from bgrpo_nb.runs import read_metrics
-from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer, TrainConfig, train_bgrpo
+from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer, TrainConfig, _Validator, choose_problems, train_bgrpo
 
 TESTS = Path(__file__).parent
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -76,28 +81,46 @@ def test_ranks_advantages_and_log_probabilities(saved, tmp_path, share):
             assert abs(advantage.item() - wanted) < 1e-5 and abs(total.item() - score) < 1e-4
 
 
-def run_processes(folder, policy, processes, rows, share):
+def run_processes(folder, policy, processes, rows, more):
     folder.mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
-    done = subprocess.run([*torchrun, str(TESTS / "two_processes.py"), str(folder), str(policy), str(rows), share], capture_output=True, text=True, env=ONE_THREAD)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launch, str(TESTS / "two_processes.py"), str(folder), str(policy), str(rows), json.dumps(more)], capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr[-3000:]
     parts = [json.loads((folder / f"seen_{i}.json").read_text()) for i in range(processes)]
     steps = [{k: sum((p["seen"][s][k] for p in parts), []) for k in ("ids", "ranks", "scores", "rewards")} |
-             dict(advantages=sum((p["advantages"][s] for p in parts), [])) for s in range(2)]
+             dict(advantages=sum((p["advantages"][s] for p in parts), []), logged=parts[0]["logged"][s]) for s in range(2)]
     return steps, torch.load(folder / "state.pt")
 
 
-@pytest.mark.parametrize("share", ["share", "full"])
-def test_two_processes_equal_one_also_where_a_group_spans_them(saved, tmp_path, share):
-    "Groups of 4 in slices of 6 rows: the second group lies on both processes"
-    one, state = run_processes(tmp_path / "one", saved, 1, 12, share)
-    two, other = run_processes(tmp_path / "two", saved, 2, 6, share)
-    assert two[0]["ranks"] == [0, 1, 2, 3] * 3
-    for a, b in zip(one, two):
+def assert_equal_runs(one, two):
+    for a, b in zip(one[0], two[0]):
         assert a["ids"] == b["ids"] and a["ranks"] == b["ranks"]
         for k in ("scores", "rewards", "advantages"): torch.testing.assert_close(torch.tensor(a[k]), torch.tensor(b[k]), atol=1e-4, rtol=0)
-    assert state.keys() == other.keys()
-    for k in state: torch.testing.assert_close(state[k], other[k], atol=2e-5, rtol=1e-4)
+        assert a["logged"] == pytest.approx(b["logged"], abs=1e-4)
+    assert one[1].keys() == two[1].keys()
+    for k in one[1]: torch.testing.assert_close(one[1][k], two[1][k], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("more", [dict(share_prefixes=True, baseline="leave_one_out", distinct_bonus=0.5), dict(share_prefixes=False)], ids=["trie", "full rows"])
+def test_two_processes_equal_one_also_where_a_group_spans_them(saved, tmp_path, more):
+    "Groups of 4 in slices of 6 rows: the second group lies on both processes"
+    one = run_processes(tmp_path / "one", saved, 1, 12, more)
+    assert one[0][0]["ranks"] == [0, 1, 2, 3] * 3
+    assert_equal_runs(one, run_processes(tmp_path / "two", saved, 2, 6, more))
+
+
+def test_a_sharded_model_searches_and_learns_as_a_whole_one(tmp_path):
+    "Each process runs every search, for a forward on one waits for the other; beams, samples, log-probabilities and gradients"
+    policy = save_model(new_model("tiny", initializer_range=0.5, **SMALL), load_tokenizer("single"), tmp_path / "policy")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TESTS / "sharded.py"), str(policy)], capture_output=True, text=True,
+                          env=ONE_THREAD, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stderr[-3000:]
+
+
+def test_the_config_for_two_nodes_is_accelerates_own():
+    from accelerate.commands.config.config_args import load_config_from_file
+    config = load_config_from_file(str(TESTS.parent / "configs/accelerate/two_nodes.yaml"))
+    assert (config.distributed_type, config.num_machines, config.num_processes) == ("MULTI_GPU", 2, 16)
 
 
 def test_dropout_is_off_while_beams_are_searched(tmp_path):
@@ -148,13 +171,144 @@ def test_a_completion_that_never_ended_earns_nothing():
     assert tokenizer.decode(right + [tokenizer.eos_token_id], skip_special_tokens=True) == tokenizer.decode(right)  # text alone cannot tell them apart
 
 
-def test_the_best_checkpoint_is_known_by_any_metric(tmp_path):
-    config = TrainConfig(output_dir=str(tmp_path / "run"), num_problems=60, held_out=8, prompts_per_step=6, num_generations=6, max_steps=4, eval_steps=2, save_steps=2,
-                         num_samples=2, wide_beams=6, num_beams=6, metric_for_best_model="beam_rank_score", load_best_model_at_end=True, disable_tqdm=True, use_cpu=True)
-    train_bgrpo(config)
-    state = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
-    scores = [row["eval_beam_rank_score"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "eval_beam_rank_score" in row][1:]
-    assert state["best_metric"] == pytest.approx(max(scores))
+def miniature(folder, policy="tiny", **more):
+    return TrainConfig(output_dir=str(folder), model=str(policy), **dict(num_problems=60, held_out=8, prompts_per_step=6, num_generations=6, max_steps=6, eval_steps=2, save_steps=2,
+                       num_samples=2, wide_beams=6, num_beams=6, disable_tqdm=True, use_cpu=True, report_to="none", seed=5) | more)
+
+
+@pytest.mark.parametrize("metric,better", [("wide_beam_accuracy", max), ("kl_to_start", min)])
+def test_the_best_checkpoint_by_any_metric_and_the_last(tmp_path, metric, better):
+    "A learning rate that destroys the policy: the start is better than the end. kl_to_start falls where it should"
+    result = train_bgrpo(miniature(tmp_path / "run", metric_for_best_model=metric, load_best_model_at_end=True, learning_rate=3e-3, warmup_steps=0, save_total_limit=2))
+    state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())      # the last is there
+    values = {row["step"]: row[f"eval_{metric}"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if f"eval_{metric}" in row and row["step"]}
+    assert state["best_metric"] == better(values.values()) != values[6] or set(values.values()) == {values[6]}
+    best = Path(state["best_model_checkpoint"])
+    assert values[int(best.name[11:])] == state["best_metric"] and best.is_dir()
+    assert (tmp_path / "run/policy/model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+    written = json.loads((tmp_path / "run/result.json").read_text())
+    everything = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if "eval_seconds" in row]
+    assert written["best"].keys() == {*METRICS, "kl_to_start"} and written["best"] == result["best"]
+    for name, b in written["best"].items():
+        assert b["value"] == (min if name == "kl_to_start" else max)(row[f"eval_{name}"] for row in everything) and b["runtime"] > 0
+        assert any(row["step"] == b["step"] and row[f"eval_{name}"] == b["value"] for row in everything)
+
+
+def test_the_same_seed_gives_the_same_metrics(tmp_path):
+    runs = [train_bgrpo(miniature(tmp_path / name, max_steps=2, rollout="mixed")) for name in ("a", "b")]
+    rows = [[{k: v for k, v in row.items() if "time" not in k and "second" not in k} for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("a", "b")]
+    assert rows[0] == rows[1] and len(rows[0]) == 5
+    data = runs[0]["data"]
+    config = miniature(tmp_path / "c")
+    train, held_out = choose_problems(config)
+    assert data == runs[1]["data"] and data["n"] == len(train) == 52 and data["held_out"]["n"] == len(held_out) == 8
+    assert data["sha256"] == hashlib.sha256("\n".join(p.line for p in train).encode()).hexdigest() and "degrees=3_2" in data["name"]
+
+
+def test_kl_to_start_is_that_of_the_two_policies(saved, tmp_path):
+    "Against the exact divergence, token by token over the vocabulary, on the same completions"
+    start, moved = load_model(saved, device="cpu"), load_model(saved, device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in moved.parameters(): p += 0.01 * torch.randn_like(p)
+    config = miniature(tmp_path, saved, max_completion_length=10, eval_strategy="no", eval_on_start=False)
+    problems = generate_problems(300, 2, 2, seed=9)
+    validator = _Validator(problems, config)
+    trainer = BGRPOTrainer(start, by_length([]), config, prompts(), processing_class=load_tokenizer("single"))
+    validator.remember(trainer)
+    assert validator.kl_to_start(start) < 1e-9
+    exact = []
+    for (ids, mask, C), on, _ in validator.drawn:
+        with torch.no_grad(): p, q = (m(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -C - 1:-1].log_softmax(-1) for m in (start, moved))
+        exact.append((p.exp() * (p - q)).sum(-1)[on])
+    exact = torch.cat(exact).mean().item()
+    assert exact > 1e-3 and validator.kl_to_start(moved) == pytest.approx(exact, rel=0.25)
+
+
+def test_a_recorded_trajectory(saved, tmp_path):
+    "Six steps on a random policy, as they were when this was recorded; a change here means that training has changed"
+    name = "learned" if (saved / "config.json").read_text().count("GPT2") else "rotary"
+    trainer = BGRPOTrainer(str(saved), by_length([]), settings(tmp_path, max_steps=6, learning_rate=1e-3, num_iterations=2), prompts())
+    trainer.train()
+    found = [[row.get(k, -1) for k in ("reward", "grad_norm", "entropy", "completions/mean_length")] for row in trainer.state.log_history if "loss" in row]
+    recorded = json.loads((TESTS / "recorded_trajectory.json").read_text())[name]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(recorded), rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_another_family_trains_by_beams(family, tmp_path):
+    "Beams over shared prefixes, gradients over the trie: the same loss as full rows"
+    config = getattr(transformers, f"{family}Config")(vocab_size=31, pad_token_id=0, eos_token_id=9, bos_token_id=None, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+                                                      initializer_range=0.5, **SMALL)
+    ends = []
+    for share in (True, False):
+        torch.manual_seed(0)
+        model, seen = transformers.AutoModelForCausalLM.from_config(config), []
+        trainer = BGRPOTrainer(model, by_length(seen), settings(tmp_path, share_prefixes=share, per_device_train_batch_size=16, learning_rate=1e-3), prompts(),
+                               processing_class=load_tokenizer("single"))
+        trainer.train()
+        assert [s["ranks"] for s in seen] == [[0, 1, 2, 3] * 4] * 2
+        ends.append((seen[0]["ids"], [row["grad_norm"] for row in trainer.state.log_history if "loss" in row]))
+    assert ends[0][0] == ends[1][0] and ends[0][1] == pytest.approx(ends[1][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind,degrees", [("multivariate", "2_2"), ("on_singlets", "2_2")])
+def test_tasks_of_many_variables_by_the_same_commands(tmp_path, kind, degrees):
+    policy = save_model(new_model("tiny", vocabulary="multi", **SMALL), load_tokenizer("multi"), tmp_path / "policy")
+    assert main(["train", *(f"--{k}={v}" for k, v in dict(model=policy, output_dir=tmp_path / "run", kind=kind, degrees=degrees, variables=2, coefficient_bound=5, num_problems=24, held_out=4,
+                 prompts_per_step=4, num_generations=4, max_steps=1, num_beams=4, wide_beams=4, num_samples=2, max_completion_length=8, report_to="none", use_cpu="true").items())]) == 0
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["last"]["step"] == 1 and f"kind={kind}" in result["data"]["name"]
+    assert main(["generate", str(tmp_path / "p.txt"), "--kind", kind, "--n", "5", "--coefficient_bound", "5"]) == 0
+    assert main(["evaluate", "--model", str(tmp_path / "run/policy"), "--problems", str(tmp_path / "p.txt"), "--num_beams", "4", "--wide_beams", "4", "--num_samples", "2"]) == 0
+
+
+def test_equal_answers_earn_the_bonus_once_and_equal_prompts_are_two_groups(saved, tmp_path):
+    "Answers by hand; the group is what the trainer says it is, not rows with one prompt"
+    tokenizer = load_tokenizer("single")
+    prompt = "+ P 1 + * P 2 ^ a P 2 ^ a P 4 ⁇"
+    answers = ["^ a P 2", "* N 3 ^ a P 2", "a", "+ P 7 ^ a P 2"]
+    algebra = decomposition_reward(lambda ids: answers * (len(ids) // 4), "simple")
+    trainer = BGRPOTrainer(str(saved), algebra, settings(tmp_path, distinct_bonus=0.5, max_steps=1), Dataset.from_dict({"prompt": [prompt] * 4}))
+    ids = [tokenizer.convert_tokens_to_ids(a.split()) + [tokenizer.eos_token_id] for a in answers] * 2
+    trainer.model.train()
+    rewards = trainer._calculate_rewards([{"beam_rank": k % 4} for k in range(8)], [prompt] * 8, answers * 2, ids)
+    assert rewards[:, 0].tolist() == pytest.approx([1.5, 1.0, -0.1, 1.0] * 2)
+    logged = {k: v[-1] for k, v in trainer._metrics["train"].items() if k.startswith("groups/")}
+    assert logged == {"groups/none_valid": 0, "groups/all_valid": 0, "groups/distinct_valid": 1}
+
+
+def test_shares_of_groups_without_verdicts_go_by_rewards(saved, tmp_path):
+    trainer = BGRPOTrainer(str(saved), lambda completion_ids, **k: [1.0 if i < 4 or i == 9 else -0.1 for i in range(len(completion_ids))], settings(tmp_path), prompts())
+    trainer.model.train()
+    trainer._calculate_rewards([{}] * 16, ["a"] * 16, [""] * 16, [[k] for k in (1, 1, 2, 3)] * 4)
+    assert {k: v[-1] for k, v in trainer._metrics["train"].items() if k.startswith("groups/")} == {"groups/none_valid": 0.5, "groups/all_valid": 0.25, "groups/distinct_valid": (3 + 1) / 4}
+
+
+@pytest.mark.parametrize("rollout", ["beam", "mixed"])
+def test_advantages_against_the_others(saved, tmp_path, rollout):
+    seen, batches = [], []
+    trainer = BGRPOTrainer(str(saved), by_length(seen), settings(tmp_path, baseline="leave_one_out", rollout=rollout, max_steps=1, share_prefixes=False), prompts())
+    inner = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda x: (batches.append(inner(x)), batches[-1])[1]
+    trainer.train()
+    rewards = torch.tensor(seen[0]["rewards"]).view(-1, 4)
+    torch.testing.assert_close(batches[0]["advantages"].view(-1, 4), rewards - (rewards.sum(1, keepdim=True) - rewards) / 3)
+    assert seen[0]["ranks"] == ([0, 1, 2, 3] if rollout == "beam" else [0, 1, 2, 2]) * 4
+
+
+def test_the_figure_is_replaced_in_a_notebook(tmp_path):
+    "In a real kernel: two validations, one image, that of the second"
+    import nbformat
+    from nbclient import NotebookClient
+    code = ("import sys\nfrom types import SimpleNamespace as N\nfrom bgrpo_nb.runs import PlotHistory\n"
+            "def draw(rows, path):\n    import matplotlib.pyplot as plt\n    path.parent.mkdir(exist_ok=True); fig = plt.figure(figsize=(1 + len(rows), 1)); fig.savefig(path); plt.close(fig)\n"
+            "p = PlotHistory('.', draw)\n"
+            "for k in (1, 2):\n    open('metrics.jsonl', 'a').write('{}\\n')\n    p.on_evaluate(N(disable_tqdm=False), N(is_world_process_zero=True), None)\n")
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(nb, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    images = [o.data["image/png"] for o in nb.cells[0].outputs if "image/png" in o.get("data", {})]
+    assert len(images) == 1 and base64.b64decode(images[0]) == (tmp_path / "plots/history.png").read_bytes()
 
 
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path):

@@ -11,7 +11,7 @@ from bgrpo_nb.model import decode_completions, load_model, load_tokenizer
 from bgrpo_nb.rewards import decomposition_reward
 from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
 
-folder, policy, rows, share = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "share"
+folder, policy, rows, more = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 torch.set_num_threads(1)
 tokenizer, seen = load_tokenizer(policy), []
 algebra = decomposition_reward(lambda ids: decode_completions(tokenizer, ids))
@@ -25,7 +25,7 @@ def reward(prompts, completion_ids, beam_rank, beam_score, **kwargs):
 
 prompts = [p.prompt for p in generate_problems(4, 2, 2, seed=5) + generate_problems(4, 3, 2, seed=5)]
 config = BGRPOConfig(output_dir=str(folder), num_generations=4, per_device_train_batch_size=rows, max_steps=2, max_completion_length=8, learning_rate=1e-3,
-                     warmup_steps=0, use_cpu=True, disable_tqdm=True, save_strategy="no", seed=1, share_prefixes=share)
+                     warmup_steps=0, use_cpu=True, disable_tqdm=True, save_strategy="no", seed=1, **more)
 trainer = BGRPOTrainer(load_model(policy, device="cpu"), reward, config, Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer)
 batches = []
 generate = trainer._generate_and_score_completions
@@ -40,5 +40,6 @@ def keep(inputs):
 trainer._generate_and_score_completions = keep
 trainer.train()
 index = trainer.accelerator.process_index
-(folder / f"seen_{index}.json").write_text(json.dumps(dict(seen=seen, advantages=batches)))
+logged = [{k: v for k, v in row.items() if k.startswith(("groups/", "reward", "valid", "grad_norm", "entropy"))} for row in trainer.state.log_history if "loss" in row]
+(folder / f"seen_{index}.json").write_text(json.dumps(dict(seen=seen, advantages=batches, logged=logged)))
 if index == 0: torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), folder / "state.pt")

@@ -1,0 +1,208 @@
+"A run that was interrupted goes on exactly: any epoch, several passes over a batch, one and two processes; real signals, torn checkpoints, full disks."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from bgrpo_nb import runs
+from bgrpo_nb.data import generate_problems, write_problems
+from bgrpo_nb.model import load_tokenizer, new_model, save_model
+from bgrpo_nb.runs import check_space, open_run, read_metrics, where_to_resume
+from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
+
+BGRPO = str(Path(sys.executable).with_name("bgrpo"))
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+ALONE = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_MODE": "disabled"}
+CLOCK = ("runtime", "seconds", "step_time", "per_second", "train_loss", "total_flos")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_model(new_model("tiny", initializer_range=0.5, **SMALL), load_tokenizer("single"), tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(policy, folder, resume=None, **more):
+    "Nine steps over six prompts: what each step saw and logged"
+    seen = []
+
+    def reward(prompts, completion_ids, beam_rank, **kwargs):
+        seen.append((prompts, completion_ids))
+        return [len(set(ids)) / 8 - 0.1 * r for ids, r in zip(completion_ids, beam_rank)]
+
+    config = BGRPOConfig(output_dir=str(folder), **dict(num_generations=4, prompts_per_step=2, max_steps=9, max_completion_length=6, use_cpu=True, disable_tqdm=True,
+                                                        save_steps=1, save_total_limit=None, seed=1, warmup_steps=2, learning_rate=1e-3) | more)
+    prompts = [p.prompt for p in generate_problems(6, 2, 2, seed=5)]
+    trainer = BGRPOTrainer(str(policy), reward, config, Dataset.from_dict({"prompt": prompts}))
+    trainer.train(resume_from_checkpoint=resume)
+    logged = [{k: v for k, v in row.items() if not any(c in k for c in CLOCK)} for row in trainer.state.log_history]
+    return seen, [row for row in logged if "loss" in row], torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("more,generations_before", [
+    (dict(), lambda step: step),                                                                # an epoch is 3 steps: the permutations of later epochs
+    (dict(num_iterations=2, rollout="mixed", logging_steps=2), lambda step: -(-step // 2)),     # odd checkpoints lie between two passes, and between two log lines
+    (dict(steps_per_generation=2, per_device_train_batch_size=4, rollout="sample", objective="original", num_iterations=2), lambda step: -(-step // 4)),
+], ids=["later epochs", "two passes", "two steps a batch, two passes, reference"])
+def test_every_checkpoint_leads_to_the_same_end(policy, tmp_path, more, generations_before):
+    seen, logged, weights = train(policy, tmp_path / "run", **more)
+    assert len(seen) == generations_before(9)
+    for step in (2, 3, 5, 7):
+        again, rows, end = train(policy, tmp_path / "run", str(tmp_path / f"run/checkpoint-{step}"), **more, save_strategy="no")
+        assert again == seen[generations_before(step):], f"other prompts or completions after step {step}"
+        assert rows == logged and torch.equal(end, weights)        # Transformers keeps the rows before the checkpoint
+
+
+def rows_of(run):
+    "Logged rows without what a clock decides"
+    return [{k: v for k, v in row.items() if not any(c in k for c in CLOCK)} for row in read_metrics(Path(run) / "metrics.jsonl") if "train_runtime" not in row]
+
+
+def command(policy, folder, processes=1, **more):
+    flags = dict(model=policy, problems="p.txt", output_dir=folder, prompts_per_step=3, num_generations=4, num_iterations=2, max_steps=10, held_out=4, eval_steps=5, save_steps=3,
+                 num_beams=4, wide_beams=4, num_samples=2, max_completion_length=6, warmup_steps=0, learning_rate=1e-3, use_cpu="true", report_to="none", disable_tqdm="true") | more
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    return [*start, BGRPO, "train", *(f"--{k}={v}" for k, v in flags.items())]
+
+
+def start(command, cwd): return subprocess.Popen(command, cwd=cwd, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def after_step(running, metrics, step):
+    end = time.time() + 300
+    while time.time() < end and running.poll() is None and not any("loss" in r and r["step"] >= step for r in (read_metrics(metrics) if metrics.exists() else [])): time.sleep(0.02)
+    assert running.poll() is None, running.communicate()[1][-3000:]
+
+
+def children(pid):
+    found = [int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()]
+    return found + [c for p in found for c in children(p)]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds children in /proc")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_and_resume(policy, tmp_path, processes):
+    "Killed somewhere after step 7 of 10: epochs are 6 steps, the checkpoint at step 3 lies between two passes. Two processes split a group of 4 (6 rows each)"
+    write_problems(tmp_path / "p.txt", generate_problems(13, 2, 2, seed=50))
+    straight = subprocess.run(command(policy, "straight", processes), cwd=tmp_path, env=ALONE, capture_output=True, text=True)
+    assert straight.returncode == 0, straight.stderr[-3000:]
+    running = start(command(policy, "killed", processes), tmp_path)
+    after_step(running, tmp_path / "killed/metrics.jsonl", 7)
+    for pid in [running.pid, *children(running.pid)]: os.kill(pid, signal.SIGKILL)
+    running.communicate()
+    torn = tmp_path / "killed/checkpoint-9"                             # as if it had been killed while it wrote this one
+    shutil.copytree(where_to_resume(tmp_path / "killed"), torn, dirs_exist_ok=True)
+    (torn / "trainer_state.json").write_text('{"global_step": 9, "log')
+    again = subprocess.run([*command(policy, "killed", processes), "--resume"], cwd=tmp_path, env=ALONE, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "checkpoint-9 was not written to its end" in again.stderr
+    a, b = rows_of(tmp_path / "straight"), rows_of(tmp_path / "killed")
+    assert len([r for r in a if "loss" in r]) == 10 and a == b
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("straight", "killed"))
+    assert one["data"] == two["data"] and {k: v["value"] for k, v in one["best"].items()} == {k: v["value"] for k, v in two["best"].items()}
+    assert (tmp_path / "straight/policy/model.safetensors").read_bytes() == (tmp_path / "killed/policy/model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds children in /proc")
+def test_sigterm_at_one_of_two_processes_saves_and_ends_both(policy, tmp_path):
+    "A signal reaches processes at different moments; they agree on the step to end at"
+    write_problems(tmp_path / "p.txt", generate_problems(13, 2, 2, seed=50))
+    running = start(command(policy, "run", 2, max_steps=400, held_out=0, save_steps=1000), tmp_path)
+    after_step(running, tmp_path / "run/metrics.jsonl", 2)
+    workers = [p for p in children(running.pid) if b"train" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(max(workers), signal.SIGTERM)
+    said, errors = running.communicate(timeout=240)
+    assert said.count("stopped after step") == 1 and "go on with: bgrpo train" in said, said + errors[-3000:]
+    step = int(said.split("stopped after step ")[1].split(",")[0])
+    checkpoint = where_to_resume(tmp_path / "run")
+    assert checkpoint.name == f"checkpoint-{step}" and {p.name for p in checkpoint.glob("pending_*")} == {"pending_0_of_2.pt", "pending_1_of_2.pt"}
+
+
+def test_another_number_of_processes_goes_on_with_a_warning(policy, tmp_path):
+    train(policy, tmp_path / "run", max_steps=2)
+    (tmp_path / "run/checkpoint-2/pending_0_of_1.pt").rename(tmp_path / "run/checkpoint-2/pending_0_of_2.pt")
+    with pytest.warns(UserWarning, match="not written by 1 processes"): _, rows, _ = train(policy, tmp_path / "run", str(tmp_path / "run/checkpoint-2"), max_steps=4, save_strategy="no")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_torn_checkpoints_are_passed_over_and_taken_away(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (4, '{"global_step": 4, "best'), (6, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state: (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(state)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert open_run(tmp_path, {}, resume=True).name == "checkpoint-2"
+    assert [str(w.message).split(" was not")[0][-12:] for w in caught] == ["checkpoint-4", "checkpoint-6"]
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_disk_too_small_is_found_before_training(policy, tmp_path, monkeypatch):
+    config = BGRPOConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=100, save_steps=10, save_total_limit=2)
+    model = new_model("tiny", **SMALL)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    need = 3 * 3 * weights + weights
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need, need))
+    check_space(config, model)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need + 1, need - 1))
+    with pytest.raises(OSError, match="3 checkpoints of .* lower --save_total_limit"): check_space(config, model)
+
+
+FULL = """
+mount -t tmpfs -o size=$SIZE disk disk || exit 77
+"$@"; status=$?
+find disk -type f > found.txt; cp -r disk/run/checkpoint-* kept/ 2>/dev/null
+exit $status
+"""
+
+
+def on_a_small_disk(words, cwd, size):
+    "In a mount namespace of its own, on a real file system of `size`"
+    for name in ("disk", "kept"): (cwd / name).mkdir(exist_ok=True)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", FULL, "sh", *words], cwd=cwd, env=ALONE | {"SIZE": size}, capture_output=True, text=True)
+    if done.returncode in (1, 77) and ("unshare" in done.stderr or "mount" in done.stderr): pytest.skip("no mount namespaces here")
+    return done
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare(1)")
+def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(policy, tmp_path):
+    "First a disk too small from the start; then one that somebody else fills while the training runs"
+    write_problems(tmp_path / "p.txt", generate_problems(13, 2, 2, seed=50))
+    words = command(policy, "disk/run", max_steps=3, held_out=0, save_steps=1)
+    done = on_a_small_disk(words, tmp_path, "200k")
+    assert done.returncode == 2 and "lower --save_total_limit" in done.stderr and "loss" not in done.stdout, done.stderr[-2000:]
+    assert len([line for line in done.stderr.splitlines() if line.startswith("bgrpo:")]) == 1
+    fill = "import os, sys, threading, time\nsys.argv = sys.argv[1:]\n" \
+           "def fill():\n" \
+           "    while not os.path.exists('disk/run/checkpoint-1/trainer_state.json'): time.sleep(0.001)\n" \
+           "    try:\n" \
+           "        with open('disk/other', 'wb', buffering=0) as f:\n" \
+           "            while True: f.write(bytes(4096))\n" \
+           "    except OSError: pass\n" \
+           "threading.Thread(target=fill, daemon=True).start()\n" \
+           "from bgrpo_nb.cli import main\nsys.exit(main(sys.argv[1:]))"
+    done = on_a_small_disk([sys.executable, "-c", fill, *words[1:], "--max_steps=50"], tmp_path, "3m")
+    assert done.returncode == 2, done.stdout + done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("bgrpo:")]
+    assert len(said) == 1 and "cannot be written" in said[0] and "go on with --resume" in said[0], done.stderr[-2000:]
+    kept = sorted(p.name for p in (tmp_path / "kept").iterdir())
+    assert kept and where_to_resume(tmp_path / "kept").name == kept[-1]
+    shutil.copytree(tmp_path / "kept", tmp_path / "disk/run")              # the namespace is gone, and the disk with it
+    steps = int(kept[-1][11:])
+    again = subprocess.run([*command(policy, "disk/run", max_steps=steps + 1, held_out=0, save_steps=1), "--resume"], cwd=tmp_path, env=ALONE, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
