@@ -71,7 +71,7 @@ from trl.trainer.utils import split_tensor_dict
 
 # %% ../nbs/09_trainer.ipynb #8bf4dd79
 from .beam_filter import answer_tokens
-from .data import Problem, generate_problems, polynomial_key, read_degrees, read_problems, split
+from .data import Problem, generate_problems, mix, polynomial_key, read_degrees, read_problems, split
 from .evaluation import evaluate as measure
 from .evaluation import plot_history
 from .generation import why_no_tree
@@ -265,8 +265,10 @@ class TrainConfig(BGRPOConfig):
     "Settings of `bgrpo train`: BGRPOConfig, and what to train on"
     model: str = setting("tiny", "the policy to start from: a bundled one's name or a folder")
     problems: str | None = setting(None, "file of problems to train on; made afresh where it is left out")
-    degrees: str = setting("3_2", "degree of the problems made afresh, outer_inner")
+    degrees: str = setting("3_2", "degree of the problems made afresh, outer_inner; several with commas between")
     num_problems: int = setting(2000, "how many problems are made afresh")
+    hard_fraction: float = setting(1.0, "share of `problems` among those to train on; below 1 regular ones are mixed in")
+    regular_problems: str | None = setting(None, "file of the regular problems to mix in; made afresh where it is left out")
     eval_problems: str | None = setting(None, "file of held-out problems; left out: kept back from the training problems")
     held_out: int | None = setting(None, "problems kept back for validation; left out: a tenth, at most 200")
     eval_limit: int | None = setting(None, "only the first of eval_problems")
@@ -285,14 +287,18 @@ class TrainConfig(BGRPOConfig):
 
     def __post_init__(self):
         if self.domain not in ("QQ", "ZZ"): raise ValueError(f"domain {self.domain!r} is not known; use QQ or ZZ")
-        read_degrees(self.degrees)
+        for d in self.degrees.split(","): read_degrees(d)
+        if self.hard_fraction < 1 and not self.problems: raise ValueError(f"hard_fraction={self.hard_fraction} mixes `problems` with regular ones; name a file of them")
         super().__post_init__()
 
 # %% ../nbs/09_trainer.ipynb #71132a0e
 def choose_problems(config: TrainConfig) -> tuple[list[Problem], list[Problem]]: # to train on, to validate on; they share no polynomial
     "The problems of a run"
-    made = dict(canonical=True, seed=config.seed)
-    found = read_problems(config.problems) if config.problems else generate_problems(config.num_problems, *read_degrees(config.degrees), **made)
+    degrees = config.degrees.split(",")
+    def fresh(): return [p for d in degrees for p in generate_problems(config.num_problems // len(degrees), *read_degrees(d), canonical=True, seed=config.seed)]
+    found = read_problems(config.problems) if config.problems else fresh()
+    if config.hard_fraction < 1:
+        found = mix(found, read_problems(config.regular_problems) if config.regular_problems else fresh(), config.hard_fraction, config.seed)
     if config.eval_problems:
         held_out = read_problems(config.eval_problems, config.eval_limit)
         taken = {polynomial_key(p.expanded) for p in held_out}
