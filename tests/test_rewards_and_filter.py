@@ -168,6 +168,28 @@ def searched(tiny, problems): return search_problems(*tiny, problems, num_beams=
 def first(flags): return next((k for k, flag in enumerate(flags, 1) if flag), None)
 
 
+def test_the_bonus_within_a_step_of_the_trainer(tiny, tmp_path):
+    "Three groups of six in one call; each of their right answers is paid once"
+    from datasets import Dataset
+
+    from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
+    tokenizer, seen = tiny[1], []
+    pay = decomposition_reward(lambda ids: decode_completions(tokenizer, ids), "simple", distinct_bonus=0.5)
+    def reward(**given):
+        seen.append((given["prompts"], decode_completions(tokenizer, given["completion_ids"]), pay(**given)))
+        return seen[-1][-1]
+    config = BGRPOConfig(output_dir=str(tmp_path), num_generations=6, prompts_per_step=3, max_steps=1, max_completion_length=16, use_cpu=True, disable_tqdm=True,
+                         save_strategy="no", seed=1)
+    dataset = Dataset.from_dict({"prompt": [p.prompt for p in generate_problems(3, 2, 2, seed=41, canonical=True)]})
+    BGRPOTrainer("tiny", reward, config, dataset).train()
+    (prompts, texts, paid), = seen
+    for start in (0, 6, 12):
+        keys = [inner_key(t) if verify(prompts[start], t) else None for t in texts[start:start + 6]]
+        expected = [-0.1 if k is None else 1.0 + 0.5 * (k not in keys[:i]) for i, k in enumerate(keys)]
+        assert paid[start:start + 6] == pytest.approx(expected)
+    assert sum(x == 1.5 for x in paid) >= 2
+
+
 def test_a_search_reports_beams_best_first_with_their_verdicts(problems, searched):
     assert [s.problem for s in searched] == problems
     for s in searched:
