@@ -101,7 +101,7 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 # %% ../nbs/09_trainer.ipynb #8bf4dd79
 from .beam_filter import answer_tokens, in_batches
-from .data import Problem, generate_multivariate, generate_on_singlets, generate_problems, polynomial_key, read_degrees, read_problems, split
+from .data import Problem, generate_multivariate, generate_on_singlets, generate_problems, mix, polynomial_key, read_degrees, read_problems, split
 from .evaluation import METRICS, plot_history
 from .evaluation import evaluate as measure
 from .generation import sample, why_no_tree
@@ -402,10 +402,10 @@ def _save_checkpoint(self: BGRPOTrainer, model, trial):
                       "Free some space and go on with --resume") from e
 
 # %% ../nbs/09_trainer.ipynb #5ded3e08
-MAKERS: dict[str, Callable] = { # kind -> (config, outer degree, inner degree) -> problems
-    "univariate":   lambda c, outer, inner: generate_problems(c.num_problems, outer, inner, c.coefficient_bound, canonical=True, seed=c.seed),
-    "multivariate": lambda c, outer, inner: generate_multivariate(c.num_problems, c.variables, outer, inner, c.coefficient_bound, seed=c.seed),
-    "on_singlets":  lambda c, outer, inner: generate_on_singlets(c.num_problems, outer, coefficient_bound=c.coefficient_bound, seed=c.seed),
+MAKERS: dict[str, Callable] = { # kind -> (config, how many, outer degree, inner degree) -> problems
+    "univariate":   lambda c, n, outer, inner: generate_problems(n, outer, inner, c.coefficient_bound, canonical=True, seed=c.seed),
+    "multivariate": lambda c, n, outer, inner: generate_multivariate(n, c.variables, outer, inner, c.coefficient_bound, seed=c.seed),
+    "on_singlets":  lambda c, n, outer, inner: generate_on_singlets(n, outer, coefficient_bound=c.coefficient_bound, seed=c.seed),
 }
 VALIDATED = (*METRICS, "kl_to_start")
 
@@ -415,10 +415,12 @@ class TrainConfig(BGRPOConfig):
     model: str = setting("tiny", "the policy to start from: a bundled one's name or a folder")
     problems: str | None = setting(None, "file of problems to train on; made afresh where it is left out")
     kind: str = setting("univariate", "kind of the problems made afresh: univariate, multivariate or on_singlets")
-    degrees: str = setting("3_2", "their degree, outer_inner")
+    degrees: str = setting("3_2", "their degree, outer_inner; several with commas between")
     variables: int = setting(3, "of a multivariate outer polynomial")
     coefficient_bound: int = setting(20, "their coefficients lie in [-bound, bound]")
     num_problems: int = setting(2000, "how many problems are made afresh")
+    hard_fraction: float = setting(1.0, "share of `problems` among those to train on; below 1 regular ones are mixed in")
+    regular_problems: str | None = setting(None, "file of the regular problems to mix in; made afresh where it is left out")
     eval_problems: str | None = setting(None, "file of held-out problems; left out: kept back from the training problems")
     held_out: int | None = setting(None, "problems kept back for validation; left out: a tenth, at most 200")
     eval_limit: int | None = setting(None, "only the first of eval_problems")
@@ -442,13 +444,18 @@ class TrainConfig(BGRPOConfig):
         if self.kind not in MAKERS: raise ValueError(f"kind {self.kind!r} is not known; use one of {', '.join(MAKERS)}")
         if (best := (self.metric_for_best_model or METRICS[0]).removeprefix("eval_")) not in VALIDATED:
             raise ValueError(f"metric_for_best_model {best!r} is not measured; use one of {', '.join(VALIDATED)}")
-        read_degrees(self.degrees)
+        for d in self.degrees.split(","): read_degrees(d)
+        if self.hard_fraction < 1 and not self.problems: raise ValueError(f"hard_fraction={self.hard_fraction} mixes `problems` with regular ones; name a file of them")
         super().__post_init__()
 
 # %% ../nbs/09_trainer.ipynb #71132a0e
 def choose_problems(config: TrainConfig) -> tuple[list[Problem], list[Problem]]: # to train on, to validate on; they share no polynomial
     "The problems of a run"
-    found = read_problems(config.problems) if config.problems else MAKERS[config.kind](config, *read_degrees(config.degrees))
+    degrees = config.degrees.split(",")
+    def fresh(): return [p for d in degrees for p in MAKERS[config.kind](config, config.num_problems // len(degrees), *read_degrees(d))]
+    found = read_problems(config.problems) if config.problems else fresh()
+    if config.hard_fraction < 1:
+        found = mix(found, read_problems(config.regular_problems) if config.regular_problems else fresh(), config.hard_fraction, config.seed)
     if config.eval_problems:
         held_out = read_problems(config.eval_problems, config.eval_limit)
         taken = {polynomial_key(p.expanded) for p in held_out}

@@ -1,0 +1,86 @@
+"Every file in configs/train makes its problems as its first lines say, and trains on them; BGRPO and GRPO, both objectives. Shrunk."
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bgrpo_nb.cli import main, read_config
+from bgrpo_nb.data import degree, generate_problems, polynomial_key, read_problems, write_problems
+from bgrpo_nb.runs import read_metrics
+from bgrpo_nb.trainer import TrainConfig, choose_problems
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs/train").glob("*.yaml"))
+SMALL = ("--prompts_per_step 2 --num_generations 4 --held_out 4 --eval_limit 4 --eval_steps 1 --save_steps 1 --num_beams 4 --wide_beams 6 --num_samples 2 "
+         "--num_problems 45 --max_steps 2 --warmup_steps 0 --disable_tqdm true").split()
+
+
+def first_lines(path):
+    "The commands in a config's first lines"
+    return [line[1:].strip().removeprefix("bgrpo ") for line in path.read_text().splitlines() if line.startswith("#   bgrpo ")]
+
+
+def make_problems(path):
+    "Those commands, with fewer and easier problems"
+    for line in first_lines(path):
+        assert main(re.sub(r"--num_beams \d+", "", re.sub("[34]_[24]", "2_2", re.sub(r"--n \d+", "--n 45", line.replace("_4_4.txt", ".txt")))).split()) == 0, line
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_trains_in_both_rollouts(path, here, capsys):
+    given = yaml.safe_load(path.read_text())
+    lines = " ".join(first_lines(path))
+    for name in ("problems", "eval_problems"): assert given.get(name, "") in lines, f"its first lines do not make {given[name]}"
+    make_problems(path)
+    evaluated = ["--eval_problems", "test.txt"] if "eval_problems" in given else []
+    for rollout in ("beam", "sample"):
+        assert main(["train", "--config", str(path), *SMALL, *evaluated, "--rollout", rollout, "--output_dir", rollout]) == 0, capsys.readouterr().err
+        kept = yaml.safe_load((here / rollout / "config.yaml").read_text())
+        for name, value in given.items():
+            if f"--{name}" not in SMALL and name not in ("beam_width", "output_dir", "eval_problems"): assert kept[name] == value, name
+        rows = read_metrics(here / rollout / "metrics.jsonl")
+        assert [r["step"] for r in rows if "eval_beam_rank_score" in r] == [0, 1, 2] and sum("loss" in r for r in rows) == 2
+        assert json.loads((here / rollout / "result.json").read_text())["step"] == 2 and (here / rollout / "policy/config.json").exists()
+
+
+def test_the_scripts_are_all_there():
+    "Basic validation, hard validation, beam rank score, hard problems only, half hard and half regular, the original objective"
+    assert {p.stem for p in CONFIGS} >= {"basic_validation", "hard_validation", "beam_rank_score", "hard_only", "hard_mixed", "original"}
+    for path in CONFIGS:
+        c = read_config(TrainConfig, ["--config", str(path), "--use_cpu", "true"], "bgrpo train")
+        assert 1e-5 <= c.learning_rate <= 2e-4 and 8 <= c.prompts_per_step <= 48 and 10 <= c.num_generations <= 25 and c.num_beams == 10, path
+        if c.objective == "original": assert (c.scale_rewards, c.num_iterations, c.beta, c.max_grad_norm) == ("group", 5, 0.01, 0.5)
+        else:
+            assert c.scale_rewards == "none"
+            original = read_config(TrainConfig, ["--config", str(path), "--use_cpu", "true", "--objective", "original"], "bgrpo train")
+            assert original.scale_rewards == "group" and original.num_iterations == 5 and 0.01 <= original.beta <= 0.05
+
+
+@pytest.mark.parametrize("share,own", [(0.5, False), (0.25, True)])
+def test_hard_and_regular_problems_are_mixed(share, own, here):
+    hard = generate_problems(60, 3, 2, seed=3)
+    write_problems(here / "hard.txt", hard)
+    write_problems(here / "regular.txt", generate_problems(90, 2, 2, seed=4))
+    config = TrainConfig(problems="hard.txt", hard_fraction=share, regular_problems="regular.txt" if own else None, degrees="2_2,2_3", num_problems=50, held_out=20,
+                         prompts_per_step=4, num_generations=4, use_cpu=True)
+    train, held_out = choose_problems(config)
+    assert len(held_out) == 20 and not {polynomial_key(p.expanded) for p in train} & {polynomial_key(p.expanded) for p in held_out}
+    degrees = [degree(p.expanded) for p in train + held_out]
+    assert degrees.count(6) + degrees.count(4) == len(degrees) == (120 if own else 100)
+    known = {p.expanded for p in hard}
+    assert sum(p.expanded in known for p in train + held_out) == (30 if own else 50)
+    if own: assert {p.expanded for p in train + held_out} <= known | {p.expanded for p in read_problems("regular.txt")}
+
+
+def test_problems_of_several_degrees_are_made(here):
+    train, held_out = choose_problems(TrainConfig(degrees="2_2,2_3,3_3", num_problems=90, held_out=0, prompts_per_step=4, num_generations=4, use_cpu=True))
+    assert [degree(p.expanded) for p in train].count(9) == 30 and len(train) == 90 and not held_out
+    for wrong, says in ((dict(hard_fraction=0.5), "name a file"), (dict(degrees="2_2,3"), "3"), (dict(degrees="2_2,1_3"), "2 or more")):
+        with pytest.raises(ValueError, match=says): TrainConfig(use_cpu=True, **wrong)
