@@ -69,7 +69,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
-# %% ../nbs/09_trainer.ipynb #8bf4dd79
+# %% ../nbs/09_trainer.ipynb #59b4c378
 from .beam_filter import answer_tokens
 from .data import Problem, generate_problems, polynomial_key, read_degrees, read_problems, split
 from .evaluation import evaluate as measure
@@ -80,6 +80,7 @@ from .rewards import REWARDS, balance_rewards, decomposition_reward
 from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, setting, show_progress, write_json
 from .trl_batching import group_order, positions_from_mask, roll_out, share_groups, trie_logps
 
+# %% ../nbs/09_trainer.ipynb #8bf4dd79
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning) # TRL's own use of the old name
 
 # %% ../nbs/09_trainer.ipynb #42bcb3fc
@@ -194,9 +195,10 @@ def whole_model(trainer): # the plain model, whole, without gradients
           torch.no_grad(), trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False)):
         yield model
 
-# %% ../nbs/09_trainer.ipynb #8cc34d50
+# %% ../nbs/09_trainer.ipynb #f855351a
 from fastcore.basics import patch
 
+# %% ../nbs/09_trainer.ipynb #8cc34d50
 @patch
 def _roll_out(self: BGRPOTrainer, prompts: list, trainer) -> dict: # TRL's rollout fields, and beam_rank, beam_score
     "Completions of this process's rows"
