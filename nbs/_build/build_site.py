@@ -212,7 +212,7 @@ class Stage:
             caption, label = options["fig-cap"], options.get("label")
             shown = {"figure": {"caption": self.prose(page, caption), **({"name": label} if label and not i else {})},
                      "image": {"alt": options.get("fig-alt") or re.sub(r"[`*$]", "", caption)}}
-            yield nbformat.v4.new_code_cell("", id=f"{cell['id']}-figure{i or ''}", metadata={"tags": [*tags, "remove-input"], "mystnb": shown}, outputs=[figure])
+            yield nbformat.v4.new_code_cell("# its figure", id=f"{cell['id']}-figure{i or ''}", metadata={"tags": [*tags, "remove-input"], "mystnb": shown}, outputs=[figure])
 
     def output(self, page, output):
         "An output; a widget keeps what is stored of it, a figure first"

@@ -19,6 +19,7 @@ myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 numfig = True
 mathjax_path = "mathjax.js"
+mathjax3_config = {"svg": {"scale": 0.94}}
 
 html_theme = "furo"
 html_css_files = ["styles.css"]
