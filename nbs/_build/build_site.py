@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 from functools import cache
 from html import escape
+from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
 from urllib.parse import unquote, urlsplit
@@ -318,34 +319,45 @@ def scripts_of(folder):
 
 # Sphinx's half
 
-def build(staged, out):
-    "Staged pages -> HTML; a warning is an error"
+def finish(staged, out):
+    "Staged pages, with style and scripts, -> HTML; a warning is an error"
     from sphinx.cmd.build import build_main
-    code = build_main(["-q", "-W", "--keep-going", "-E", "-c", str(Path(__file__).parent), "-d", str(staged / ".doctrees"),
-                       "-D", f"html_static_path={staged / '_static'}", str(staged), str(out)])
-    if code: fail("Sphinx warned (see above); the notebook named there has to be mended")
+    (staged / "_static").mkdir()
+    shutil.copy(REPO / "nbs" / "styles.css", staged / "_static")
+    vendor(scripts_of(staged), staged / "_static")
+    shutil.rmtree(out, ignore_errors=True)
+    options = ["-q", "-W", "--keep-going", "-c", Path(__file__).parent, "-d", staged / ".doctrees", "-D", f"html_static_path={staged / '_static'}"]
+    if build_main([str(o) for o in [*options, staged, out]]): fail("Sphinx warned (see above); the notebook named there has to be mended")
+
+
+class Tags(HTMLParser):
+    "Anchors of a page, and (tag, URL) of all that it points to"
+    def __init__(self, text):
+        super().__init__()
+        self.anchors, self.urls = set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes.get("id"), attributes.get("name") if tag == "a" else None}
+        self.urls += [(tag, attributes[key]) for key in ("href", "src", "data") if attributes.get(key)]
+
+    handle_startendtag = handle_starttag
 
 
 def check(out):
-    "Every link to a page, an anchor or a file leads somewhere, and nothing is fetched from another host"
-    from bs4 import BeautifulSoup
-    soups = {p: BeautifulSoup(p.read_text(), "html.parser") for p in sorted(out.rglob("*.html")) if "_static" not in p.parts}
-    ids = {p: {t["id"] for t in s.find_all(id=True)} | {t["name"] for t in s.find_all("a", attrs={"name": True})} for p, s in soups.items()}
+    "Faults: links to a page, an anchor or a file that lead nowhere, and what is fetched from another host"
+    pages = {p: Tags(p.read_text()) for p in sorted(out.rglob("*.html")) if "_static" not in p.parts}
     faults = []
-    for page, soup in soups.items():
-        for tag in soup.find_all(True):
-            for key in ("href", "src", "data", "srcset"):
-                url = tag.get(key)
-                if not url or url.startswith(("data:", "mailto:", "javascript:")): continue
-                parts = urlsplit(url)
-                if parts.netloc:
-                    if tag.name != "a": faults.append(f"{page.relative_to(out)}: {tag.name} is fetched from {url}")
-                    continue
-                target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-                if target.is_dir(): target /= "index.html"
-                if not target.exists(): faults.append(f"{page.relative_to(out)}: {url} leads nowhere")
-                elif parts.fragment and target in ids and unquote(parts.fragment) not in ids[target]:
-                    faults.append(f"{page.relative_to(out)}: {url} has no such anchor")
+    for page, tags in pages.items():
+        def fault(message): faults.append(f"{page.relative_to(out)}: {message}")
+        for tag, url in dict.fromkeys(tags.urls):
+            parts = urlsplit(url)
+            if parts.netloc and tag != "a": fault(f"{tag} is fetched from {url}")
+            if parts.netloc or parts.scheme: continue
+            target = page.parent.joinpath(unquote(parts.path)).resolve() if parts.path else page
+            if not target.exists(): fault(f"{url} leads nowhere")
+            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors: fault(f"{url} has no such anchor")
     return faults
 
 
@@ -358,11 +370,7 @@ def main():
     staged.mkdir(parents=True)
     try:
         Stage(process()).write(staged)
-        (staged / "_static").mkdir()
-        shutil.copy(REPO / "nbs" / "styles.css", staged / "_static")
-        vendor(scripts_of(staged), staged / "_static")
-        shutil.rmtree(out, ignore_errors=True)
-        build(staged, out)
+        finish(staged, out)
     finally: shutil.rmtree(staged, ignore_errors=True)
     if faults := check(out): fail("\n".join(["links to mend:", *faults]))
     print(f"{len(list(out.rglob('*.html')))} pages in {out}")

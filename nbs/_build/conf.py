@@ -32,14 +32,18 @@ html_theme_options = {"navigation_with_keys": True}
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
-DIAGRAMS = "mermaid.initialize({startOnLoad: true, theme: 'neutral', flowchart: {useMaxWidth: true}});"
+DIAGRAMS = "mermaid.initialize({startOnLoad: true, theme: 'neutral'});"
+# Widgets call MathJax 2; the page's MathJax 3 has drawn its formulas without being asked
+WIDGETS = """{ let mathjax; Object.defineProperty(window, "MathJax", {get: () => mathjax, set: m => { mathjax = m; m.Hub = {Queue() {}}; }}); }"""
 
 
 def scripts(app, pagename, templatename, context, doctree):
-    "mermaid where a page has a diagram; MathJax's old name for the widgets, which call it"
-    if 'class="mermaid"' in context.get("body", ""):
+    "What only some pages need"
+    body = context.get("body", "")
+    if 'class="mermaid"' in body:
         app.add_js_file("mermaid.js", priority=100)
         app.add_js_file(None, body=DIAGRAMS, priority=101)
+    if "jupyter.widget-view" in body: app.add_js_file(None, body=WIDGETS, priority=100)
 
 
 def setup(app): app.connect("html-page-context", scripts)
