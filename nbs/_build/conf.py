@@ -17,7 +17,6 @@ nb_merge_streams = True
 nb_ipywidgets_js = {"widgets.js": {}}
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
-numfig = True
 mathjax_path = "mathjax.js"
 mathjax3_config = {"svg": {"scale": 0.94}}
 
