@@ -106,12 +106,13 @@ def api(markdown, page):
     "show_doc's markdown with the signature as it was written and a link to the module's source"
     dotted = re.search(r"^#+ (.+)$", markdown, re.MULTILINE).group(1).replace("\\", "").strip()
     node = find_node(page.name, dotted) if page.module else None
-    prose = re.sub(r"\A.*?^```\n", "", markdown, flags=re.DOTALL | re.MULTILINE) if "```python" in markdown else ""
-    level = "###" if page.has_h2 else "##"
     if node is None: return re.sub(r"^---\n|^\[source\].*\n", "", markdown, flags=re.MULTILINE)
+    prose = re.sub(r"\A.*?^```python\n.*?^```", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    escaped = dotted.replace("_", "\\_")
+    level = "###" if page.has_h2 else "##"
     line = min([node.lineno, *(d.lineno for d in node.decorator_list)])
     where = f'<a class="source" href="{page.up}source/{page.name}.html#L{line}">source</a>'
-    return f"{level} {dotted}\n\n{where}\n\n```python\n{header(page.name, node)}\n```\n\n{prose.strip()}"
+    return f"{level} {escaped}\n\n{where}\n\n```python\n{header(page.name, node)}\n```\n\n{prose.strip()}"
 
 
 def source_page(name, target):
@@ -211,7 +212,7 @@ class Stage:
         if source or rest: yield nbformat.v4.new_code_cell(source, id=cell["id"], metadata={"tags": tags}, outputs=rest)
         for i, figure in enumerate(figures):
             caption, label = options["fig-cap"], options.get("label")
-            shown = {"figure": {"caption": self.prose(page, caption), **({"name": label} if label and not i else {})},
+            shown = {"figure": {"caption": self.prose(page, caption), **({"name": f"{page.name}-{label}"} if label and not i else {})},
                      "image": {"alt": options.get("fig-alt") or re.sub(r"[`*$]", "", caption)}}
             yield nbformat.v4.new_code_cell("# its figure", id=f"{cell['id']}-figure{i or ''}", metadata={"tags": [*tags, "remove-input"], "mystnb": shown}, outputs=[figure])
 
