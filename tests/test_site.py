@@ -1,5 +1,4 @@
 "The site as a reader meets it: built once, without Quarto, and looked at in a headless Chromium."
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
 
 from browser import PHONE, open_page, serve
 
@@ -17,9 +15,10 @@ REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "nbs" / "_build"))
 import build_site
 from build_site import PACKAGES, Stage, check, sections
+from sync import part_imports
 
 LISTED = [page for _, pages in sections(build_site.read_quarto()["sidebar"]["contents"]) for page in pages]
-TITLES = {page: re.search(r"^# (.+)$", next(c.source for c in nbformat.read(REPO / "nbs" / page, 4).cells if c.cell_type == "markdown"), re.MULTILINE).group(1)
+TITLES = {page: re.search(r"^# (.+)$", next(c.source for c in nbformat.read(REPO / "nbs" / page, 4).cells if c.cell_type == "markdown"), re.MULTILINE).group(1).replace("`", "")
           for page in LISTED}
 
 
@@ -103,7 +102,8 @@ def test_page(browser, served, site, name):
         figures = sum("fig-cap:" in c.source for c in nbformat.read(REPO / "nbs" / name, 4).cells)
         assert page.locator("article figure img").count() == page.locator("figcaption").count() == figures
         assert page.locator(".sidebar-tree a").count() >= len(LISTED) - 1
-        assert not re.search(r"^#\||:::|\\\(|\$\$", page.inner_text("article"), re.MULTILINE), "words of the build or TeX are left in the text"
+        prose = "\n".join(page.locator("article :is(p, li, h2, h3)").all_inner_texts())
+        assert not re.search(r"^#\||:::|\\\(|\$\$", prose, re.MULTILINE), "words of the build or TeX are left in the text"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert not page.faults
     with open_page(browser, viewport=PHONE, is_mobile=True, has_touch=True, color_scheme="dark") as page:
@@ -208,6 +208,19 @@ def test_quartos_words_become_mysts(tmp_path):
     assert "[there](tutorials/second.ipynb#part) and [`tutorials/second`](tutorials/second.ipynb)" in text and "[x](no.ipynb)" in text and "secret" not in text
     assert [c.metadata.tags for c in stage.cells(stage.pages["00_first.ipynb"]) if c.source == "1 + 1"] == [["remove-input"]]
     assert "[first](../00_first.ipynb)" in text_of(stage, "tutorials/second")
+
+
+@pytest.mark.parametrize("source,cells", [
+    ("import a\nx = 1", ["import a", "x = 1"]),
+    ("x = 1\nfrom a import (b,\n    c)\n\ny = 2", ["from a import (b,\n    c)", "x = 1\n\ny = 2"]),
+    ("#| export\nimport a\n\n@a.b\ndef f(): pass", ["#| export\nimport a", "#| export\n@a.b\ndef f(): pass"]),
+    ("#| label: fig-a\nimport a\na.b()", ["import a", "#| label: fig-a\na.b()"]),
+    ("import a\nimport b", ["import a\nimport b"]), ("import a; a.b()", ["import a; a.b()"]), ("%magic\nimport a", ["%magic\nimport a"]),
+])
+def test_imports_get_a_cell_of_their_own(source, cells):
+    parts = part_imports(nbformat.v4.new_code_cell(source))
+    assert [part.source for part in parts] == cells
+    assert all(len(part_imports(part)) == 1 for part in parts)
 
 
 @pytest.mark.parametrize("link", ["gone.ipynb", "../CHANGELOG.md", "images/none.svg"])
