@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test setup lab export bench
+.PHONY: demo test setup lab docs export bench
 
 demo: $(READY)
 	@$(BIN)/bgrpo demo
@@ -17,8 +17,13 @@ test: $(READY)
 
 setup: $(READY)
 
+# The kernel `python3` is the one of .venv, whatever other kernels there are
 lab: $(READY)
-	@$(BIN)/jupyter lab nbs
+	@JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab nbs
+
+# The site, in _docs; `.venv/bin/python -m http.server -d _docs` shows it. Where Quarto is installed, `nbdev-docs` builds the same pages
+docs: $(READY)
+	@$(BIN)/python nbs/_build/build_site.py
 
 # Notebooks -> library, cleaned notebooks, README
 export: $(READY)

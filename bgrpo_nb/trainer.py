@@ -99,7 +99,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
-# %% ../nbs/09_trainer.ipynb #8bf4dd79
+# %% ../nbs/09_trainer.ipynb #59b4c378
 from .beam_filter import answer_tokens, in_batches
 from .data import Problem, generate_multivariate, generate_on_singlets, generate_problems, mix, polynomial_key, read_degrees, read_problems, split
 from .evaluation import METRICS, plot_history
@@ -112,6 +112,7 @@ from .runs import (PlotHistory, RunLog, StopCleanly, WandbPanels, accounts, best
                            open_run, read_metrics, setting, show_progress, start_wandb, stop_wandb, write_json)
 from .trl_batching import ROLLOUTS, group_order, positions_from_mask, roll_out, share_groups, trie_logps
 
+# %% ../nbs/09_trainer.ipynb #8bf4dd79
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning) # TRL's own use of the old name
 
 # %% ../nbs/09_trainer.ipynb #42bcb3fc
@@ -240,9 +241,10 @@ def whole_model(trainer): # the plain model, whole, without gradients
           torch.no_grad(), trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False)):
         yield model
 
-# %% ../nbs/09_trainer.ipynb #8cc34d50
+# %% ../nbs/09_trainer.ipynb #f855351a
 from fastcore.basics import patch
 
+# %% ../nbs/09_trainer.ipynb #8cc34d50
 @patch
 def _group_size(self: BGRPOTrainer) -> int: return self.num_generations if self.model.training else self.num_generations_eval
 

@@ -1,7 +1,10 @@
 """Notebooks -> library, cleaned notebooks and README.md.   sync.py [--check]
 
 With --check the same is done to a copy, and every file that would change is named; the work tree is left as it is.
-`nbdev-readme` needs Quarto; this needs nbconvert alone."""
+`nbdev-readme` needs Quarto; this needs nbconvert alone. Chapters get their imports in cells of their own: the site's build runs every cell
+that holds one, and a training run in the same cell with it."""
+import ast
+import hashlib
 import re
 import shutil
 import subprocess
@@ -29,8 +32,38 @@ def readme(root):
     (root / "README.md").write_text(note + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
 
 
+def _is_import(node): return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def part_imports(cell):
+    "A code cell as one or two: its imports, then the rest; directives that say who sees a cell go with both"
+    try: body = ast.parse(cell.source).body
+    except SyntaxError: return [cell]     # a magic, or a cell that shows an error
+    found = [node for node in body if _is_import(node)]
+    if not found or len(found) == len(body): return [cell]
+    lines = cell.source.splitlines()
+    taken = {i for node in found for i in range(node.lineno - 1, node.end_lineno)}
+    if any(i in taken for node in body if not _is_import(node) for i in range(node.lineno - 1, node.end_lineno)): return [cell]
+    seen_by = [line for line in lines if re.match(r"#\| *(exporti?|hide|eval: *false)\b", line)]
+    imports = "\n".join(seen_by + [lines[i] for i in sorted(taken)])
+    first = nbformat.v4.new_code_cell(imports, id=hashlib.sha1(f"{cell.id}{imports}".encode()).hexdigest()[:8])
+    cell.source = re.sub(r"^((?:#\|.*\n)*)\n+", r"\1", "\n".join(line for i, line in enumerate(lines) if i not in taken))
+    return [first, cell]
+
+
+def stand_imports_alone(path):
+    "Rewrite a chapter in which a cell holds imports and other code"
+    nb = nbformat.read(path, as_version=4)
+    if not any(re.match(r"#\| *default_exp", c.source) for c in nb.cells): return
+    cells = [part for c in nb.cells for part in (part_imports(c) if c.cell_type == "code" else [c])]
+    if len(cells) == len(nb.cells): return
+    nb.cells = cells
+    nbformat.write(nb, path)
+
+
 def sync(root):
-    "Export, clean, README"
+    "Imports apart, export, clean, README"
+    for path in sorted((root / "nbs").glob("[!_.]*.ipynb")): stand_imports_alone(path)
     run = Path(sys.executable).parent
     for command in ("nbdev-export", "nbdev-clean"):
         done = subprocess.run([run / command], cwd=root, capture_output=True, text=True)

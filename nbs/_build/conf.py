@@ -1,0 +1,48 @@
+"Sphinx's settings for `build_site.py`; the title is that of _quarto.yml."
+from pathlib import Path
+
+import yaml
+
+NBS = Path(__file__).resolve().parents[1]
+
+project = yaml.safe_load((NBS / "_quarto.yml").read_text())["website"]["title"]
+html_title = project
+language = "en"
+extensions = ["myst_nb", "sphinx.ext.mathjax"]
+exclude_patterns = ["_static", "images"]
+
+nb_execution_mode = "off"
+nb_render_markdown_format = "myst"
+nb_merge_streams = True
+nb_ipywidgets_js = {"widgets.js": {}}
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 4
+mathjax_path = "mathjax.js"
+mathjax3_config = {"svg": {"scale": 0.94}}
+
+html_theme = "furo"
+html_css_files = ["styles.css"]
+html_favicon = str(NBS / "images" / "favicon.svg")
+html_extra_path = [str(NBS / "llms.txt")]
+html_copy_source = False
+html_show_sphinx = False
+html_show_copyright = False
+html_theme_options = {"navigation_with_keys": True}
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+
+DIAGRAMS = "mermaid.initialize({startOnLoad: true, theme: 'neutral'});"
+# Widgets call MathJax 2; the page's MathJax 3 has drawn its formulas without being asked
+WIDGETS = """{ let mathjax; Object.defineProperty(window, "MathJax", {get: () => mathjax, set: m => { mathjax = m; m.Hub = {Queue() {}}; }}); }"""
+
+
+def scripts(app, pagename, templatename, context, doctree):
+    "What only some pages need"
+    body = context.get("body", "")
+    if 'class="mermaid"' in body:
+        app.add_js_file("mermaid.js", priority=100)
+        app.add_js_file(None, body=DIAGRAMS, priority=101)
+    if "jupyter.widget-view" in body: app.add_js_file(None, body=WIDGETS, priority=100)
+
+
+def setup(app): app.connect("html-page-context", scripts)
