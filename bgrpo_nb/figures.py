@@ -6,7 +6,7 @@ from .model import ASSETS
 
 WORDS = {"ok": "valid", "not_prefix_notation": "not prefix notation", "too_large": "too large", "degree_mismatch": "degree does not fit",
          "trivial": "trivial", "not_a_decomposition": "not a decomposition", "not_integral": "not integral"}
-COLOURS = dict(zip(WORDS, ["#009E73", "#000000", "#999999", "#CC79A7", "#E69F00", "#0072B2", "#56B4E9"]))
+COLOURS = dict(zip(WORDS, ["#009E73", "#999999", "#000000", "#CC79A7", "#E69F00", "#0072B2", "#56B4E9"]))
 
 
 @contextmanager
