@@ -195,6 +195,7 @@ def evaluate(argv):
     p.add_argument("--num_beams", type=int, default=10, help="beam width, of the beam rank score too")
     p.add_argument("--wide_beams", type=int, default=25, help="a second, wider search")
     p.add_argument("--curve_beams", type=int, default=50, help="the widest search, whose k best beams make the curve of accuracy by width; 0: --wide_beams makes it")
+    p.add_argument("--curve_problems", type=int, default=300, help="it searches the first so many problems of each file")
     p.add_argument("--num_samples", type=int, default=10, help="samples a problem, for pass@k")
     p.add_argument("--temperature", type=float, default=0.7, help="of the samples")
     p.add_argument("--seed", type=int, default=0, help="of the samples")
@@ -208,7 +209,7 @@ def evaluate(argv):
     if single and len(a.model) * len(testsets.test_sets(a.problems)) > 1: raise Fault(f"evaluate: {a.out} holds one report, and several are asked for; name a folder for --out")
     folder = out.with_suffix("") if single else out
     try: results = testsets.evaluate_files(a.model, a.problems, folder, a.limit, a.without_answers, progress=True, num_beams=a.num_beams, wide_beams=a.wide_beams,
-                                             curve_beams=a.curve_beams or None, num_samples=a.num_samples, temperature=a.temperature, domain=a.domain, seed=a.seed,
+                                             curve_beams=a.curve_beams or None, curve_problems=a.curve_problems, num_samples=a.num_samples, temperature=a.temperature, domain=a.domain, seed=a.seed,
                                              allow_trivial=a.allow_trivial, batch_size=a.batch_size)
     except KeyboardInterrupt:
         print(f"bgrpo: stopped; what was found is kept in {folder / 'kept'}, and the same command goes on", file=sys.stderr)

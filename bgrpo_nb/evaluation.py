@@ -98,7 +98,7 @@ class Row:
     wide_place: int | None     # the same among wide_beams
     valid_samples: int         # of num_samples
     reason: str                # the verdict on the greedy completion
-    curve_place: int | None = None # the same as beam_place among curve_beams, where they were searched
+    curve_place: int | None = None # the same among curve_beams: 0 where none is valid, None where there was no such search
     beam_reasons: str = ""     # verdicts on the num_beams beams, best first, apart by spaces
 
     def value(self, metric: str) -> float: # 0 to 1
@@ -193,7 +193,7 @@ def name_of(metric: str, settings: dict) -> str: # for tables
     return {"greedy_accuracy": "greedy", "beam_accuracy": f"{s['num_beams']} beams", "wide_beam_accuracy": f"{s['wide_beams']} beams",
             "sample_accuracy": f"pass@{s['num_samples']}", "oracle_accuracy": "oracle", "beam_rank_score": "beam rank score"}[metric]
 
-# %% ../nbs/07_evaluation.ipynb #03111926
+# %% ../nbs/07_evaluation.ipynb #4ae7ce73
 class _Passes(NamedTuple):
     "Searches and samples over the same problems; what a batch gives is kept as it comes"
     model: object
@@ -212,27 +212,28 @@ class _Passes(NamedTuple):
     def _open(self, title, k, **settings):
         return self.kept.open(f"{title}-{k}", width=k, max_new_tokens=self.limit, **self.rule, **settings) if self.kept else Lines()
 
-    def _pass(self, lines, k, find, **only) -> list[str]: # reasons of the verdicts for each problem, apart by spaces
-        there = sum(i in lines.found for i in range(len(self.problems)))
+    def _pass(self, lines, k, find, n, **only) -> list[str]: # reasons of the verdicts for the first n problems, apart by spaces
+        there = sum(i in lines.found for i in range(n))
         self.bar.total -= k * there
         ids = dict(max_new_tokens=self.limit, eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id)
-        for number, places, enc in self._batches(lines, k, **only) if there < len(self.problems) else ():
+        for number, places, enc in self._batches(lines, k, **only) if there < n else ():
             found, new = find(number, enc, ids), sum(i not in lines.found for i in places)
             lines.add({i: {"reasons": " ".join(v.reason for v in s.verdicts)} for i, s in judge(self.problems, places, found, self.tokenizer, **self.rule)})
             self.bar.update(k * new)
-        return [lines.found[i]["reasons"] for i in range(len(self.problems))]
+        return [lines.found[i]["reasons"] for i in range(n)]
 
-    def search(self, k: int):
-        "A beam search of width k for each problem"
+    def search(self, k: int, n: int):
+        "A beam search of width k for each of the first n problems"
         def find(number, enc, ids): return beam_search(self.model, enc.input_ids, enc.attention_mask, num_beams=k, **ids)
-        with self._open("beams", k) as lines: return self._pass(lines, k, find, only=[i for i in range(len(self.problems)) if i not in lines.found])
+        with self._open("beams", k) as lines: return self._pass(lines, k, find, n, only=[i for i in range(n) if i not in lines.found])
 
     def sample(self, k: int, temperature: float, seed: int):
         "k samples for each problem"
         def find(number, enc, ids):
             generator = torch.Generator(self.model.device).manual_seed(seed + 1_000_003 * number)
             return sample(self.model, enc.input_ids, enc.attention_mask, num_return_sequences=k, temperature=temperature, generator=generator, **ids)
-        with self._open("samples", k, temperature=temperature, seed=seed, problems=len(self.problems), batch_size=self.size) as lines: return self._pass(lines, k, find)
+        with self._open("samples", k, temperature=temperature, seed=seed, problems=len(self.problems), batch_size=self.size) as lines:
+            return self._pass(lines, k, find, len(self.problems))
 
 # %% ../nbs/07_evaluation.ipynb #9fe32a9d
 def evaluate(model, tokenizer, problems: Sequence[Problem],
@@ -245,6 +246,7 @@ def evaluate(model, tokenizer, problems: Sequence[Problem],
              batch_size: int | None = None,     # prompts searched together
              progress: bool | str = False,      # a bar with the time left, or its title
              curve_beams: int | None = None,    # one more and wider search, for the curve of accuracy by width
+             curve_problems: int | None = None, # of the first so many problems; default: all
              kept: Kept | None = None,          # where results are kept as they come, and found again
              ) -> Report:
     "Measure a policy on problems"
@@ -252,14 +254,16 @@ def evaluate(model, tokenizer, problems: Sequence[Problem],
     widths = dict(num_beams=num_beams, wide_beams=wide_beams) | ({"curve_beams": curve_beams} if curve_beams else {})
     for name, k in (widths | dict(num_samples=num_samples)).items():
         if k < 1: raise ValueError(f"{name}={k} finds nothing; use 1 or more")
-    limit, rule, searches = max_new_tokens or answer_tokens(problems), dict(domain=domain, allow_trivial=allow_trivial), sorted({1, *widths.values()})
-    with tqdm(total=len(problems) * (sum(searches) + num_samples), desc=progress if isinstance(progress, str) else "evaluate", unit=" completions",
+    limit, rule, n = max_new_tokens or answer_tokens(problems), dict(domain=domain, allow_trivial=allow_trivial), len(problems)
+    searches = {k: n for k in (1, num_beams, wide_beams)}                        # width -> problems
+    if curve_beams: searches.setdefault(curve_beams, min(curve_problems or n, n))
+    with tqdm(total=sum(k * m for k, m in searches.items()) + n * num_samples, desc=progress if isinstance(progress, str) else "evaluate", unit=" completions",
               unit_scale=True, leave=False, disable=not progress) as bar:
         passes = _Passes(model, tokenizer, problems, limit, batch_size, rule, kept, bar)
-        found = {k: passes.search(k) for k in searches}
+        found = {k: passes.search(k, searches[k]) for k in sorted(searches)}
         drawn = passes.sample(num_samples, temperature, seed)
     rows = [Row(p.expanded, degree(p.expanded), _inner_degree(p), found[1][i] == "ok", _place(found[num_beams][i]), _place(found[wide_beams][i]),
-                drawn[i].split().count("ok"), found[1][i], _place(found[curve_beams][i]) if curve_beams else None, found[num_beams][i])
+                drawn[i].split().count("ok"), found[1][i], (_place(found[curve_beams][i]) or 0) if i < searches.get(curve_beams, 0) else None, found[num_beams][i])
             for i, p in enumerate(problems)]
     return Report(rows, widths | dict(num_samples=num_samples, temperature=temperature, seed=seed, **rule))
 
@@ -270,30 +274,30 @@ def _inner_degree(problem) -> int | None: # of a univariate answer
     inner = problem.answer.split(" & ")[-1]
     return max(degree(inner), 1) if inner and len(find_variables(problem.expanded.split())) == 1 else None
 
-# %% ../nbs/07_evaluation.ipynb #1b843d79
-def _widest(self) -> tuple[int, list[int | None]]: # width, and the place of the first valid beam for each problem
-    curve = self.settings.get("curve_beams")
-    return (curve, [r.curve_place for r in self.rows]) if curve else (self.settings.get("wide_beams", 25), [r.wide_place for r in self.rows])
+# %% ../nbs/07_evaluation.ipynb #732b075d
+def _widest(self) -> tuple[int, list[tuple[Row, int | None]]]: # width; rows that were searched so, with the place of the first valid beam
+    if curve := self.settings.get("curve_beams"): return curve, [(r, r.curve_place or None) for r in self.rows if r.curve_place is not None]
+    return self.settings.get("wide_beams", 25), [(r, r.wide_place) for r in self.rows]
 
 @patch
 def by_width(self: Report) -> list[tuple[int, float, float, float]]: # k, share, low, high
     "Share solved by the k best beams of the widest search: not by a search of width k"
-    widest, places = _widest(self)
-    solved = [sum(p is not None and p <= k for p in places) for k in range(1, widest + 1)]
-    return [(k, s / len(self), *wilson(s, len(self))) for k, s in enumerate(solved, 1)]
+    widest, found = _widest(self)
+    solved = [sum(p is not None and p <= k for _, p in found) for k in range(1, widest + 1)]
+    return [(k, s / len(found), *wilson(s, len(found))) for k, s in enumerate(solved, 1)] if found else []
 
 @patch
-def own_widths(self: Report) -> list[dict]: # k, own, top_k, the paired difference with low and high, problems that differ
-    "Searches of width k against the k best beams of the widest search"
-    widest, places = _widest(self)
+def own_widths(self: Report) -> list[dict]: # k, n problems, own, top_k, the paired difference with low and high, problems that differ
+    "Searches of width k against the k best beams of the widest search, on the same problems"
+    widest, found = _widest(self)
     own = {1: "greedy_accuracy", self.settings.get("num_beams", 10): "beam_accuracy", self.settings.get("wide_beams", 25): "wide_beam_accuracy"}
     out = []
     for k, metric in sorted(own.items()):
-        if k >= widest: continue
-        pairs = np.array([(r.value(metric), float(p is not None and p <= k)) for r, p in zip(self.rows, places)])
+        if k >= widest or not found: continue
+        pairs = np.array([(r.value(metric), float(p is not None and p <= k)) for r, p in found])
         change = pairs[:, 0] - pairs[:, 1]
         low, high = bootstrap(change)
-        out.append(dict(k=k, own=float(pairs[:, 0].mean()), top_k=float(pairs[:, 1].mean()), difference=float(change.mean()), low=low, high=high,
+        out.append(dict(k=k, n=len(found), own=float(pairs[:, 0].mean()), top_k=float(pairs[:, 1].mean()), difference=float(change.mean()), low=low, high=high,
                         differ=int(np.count_nonzero(change))))
     return out
 

@@ -72,17 +72,17 @@ def plot_degrees(cells, # title -> {(outer degree, inner degree): (share, proble
         return _finish(plt, fig, path)
 
 
-def plot_widths(panels, # title -> {label: (width of the one search, [(k, share, low, high)], [(k, share, low, high) of searches of their own])}
+def plot_widths(panels, # title -> {label: ([(k, share, low, high)] of the k best of one search, the same of searches of width k of their own)}
                 path=None):
     "Lines: the k best of one wide search. Points with intervals: searches of width k of their own"
     with use_style() as plt:
         fig, axes = _panels(plt, len(panels), 3.4, 2.8)
         for ax, (title, lines) in zip(axes, panels.items()):
-            for label, (widest, curve, own) in lines.items():
+            for label, (curve, own) in lines.items():
                 k, share, low, high = zip(*curve)
-                line, = ax.plot(k, share, label=f"{label}, k best of one search of {widest}")
+                line, = ax.plot(k, share, label=f"{label}, k best of one search of {k[-1]}")
                 ax.fill_between(k, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-                k, share, low, high = zip(*own)
+                k, share, low, high = zip(*own) if own else ((), (), (), ())
                 ax.errorbar(k, share, [[max(s - a, 0) for s, a in zip(share, low)], [max(b - s, 0) for s, b in zip(share, high)]], fmt="o", markersize=4, capsize=2,
                             color=line.get_color(), label=f"{label}, a search of width k")
             ax.set(title=title, xlabel="beams k", ylabel="share solved", ylim=(0, 1.03))

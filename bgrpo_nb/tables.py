@@ -74,10 +74,10 @@ def _published(summary):
 
 
 def _widths(summary):
-    rows = [[r["model"], r["file"], w["k"], f"{w['own']:.1%}", f"{w['top_k']:.1%}", _figure(w["difference"], w["low"], w["high"], sign="+"), w["differ"]]
+    rows = [[r["model"], r["file"], w["n"], w["k"], f"{w['own']:.1%}", f"{w['top_k']:.1%}", _figure(w["difference"], w["low"], w["high"], sign="+"), w["differ"]]
             for r in summary["reports"] for w in r["own_widths"]]
-    return ("Share solved by a search of width k, by the k best of the widest search, and the paired difference; the last column counts the problems on which "
-            "the two disagree.\n\n" + _markdown(["", "test set", "k", "search of width k", "k best of the widest", "difference", "problems"], rows))
+    return ("Share solved by a search of width k, by the k best of the widest search, on the same problems, and the paired difference; the last column counts the problems on which "
+            "the two disagree.\n\n" + _markdown(["", "test set", "n", "k", "search of width k", "k best of the widest", "difference", "disagree"], rows))
 
 
 def _reasons(summary):
@@ -95,7 +95,7 @@ def draw(summary, folder): # the files that were drawn
              if (found := _cells([r for r in reports if r["model"] == model and not r["apart"]], m))}
     drawn = [plot_degrees(cells, folder / "degrees.png")] if cells else []
     return [*drawn,
-            plot_widths({f: {r["model"]: (len(r["by_width"]), r["by_width"], r["points"]) for r in found} for f, found in by_file.items()}, folder / "widths.png"),
+            plot_widths({f: {r["model"]: (r["by_width"], r["points"]) for r in found if r["by_width"]} for f, found in by_file.items()}, folder / "widths.png"),
             plot_places({f: {r["model"]: (summary["settings"]["num_beams"], r["places"]) for r in found} for f, found in by_file.items()}, folder / "places.png"),
             plot_reasons({f"{r['model']}, {r['file']}": r["reasons"] for r in reports}, folder / "reasons.png")]
 

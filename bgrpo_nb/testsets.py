@@ -74,7 +74,7 @@ class Results:
         "All that tables and figures need, without the problems"
         first = next(iter(self.reports.values()))
         def one(model, file, r):
-            own = [(k, s, *wilson(round(s * len(r)), len(r))) for k, s in ((w["k"], w["own"]) for w in r.own_widths())]
+            own = [(w["k"], w["own"], *wilson(round(w["own"] * w["n"]), w["n"])) for w in r.own_widths()]
             parts = {k: {"n": len(p)} | {m: p.metrics[m] for m in METRICS} for k, p in r.by_degree().items()}
             return dict(model=model, file=file, n=len(r), apart=r.about.get("apart", False), fingerprint=r.about.get("model", {}).get("fingerprint"), data=r.about.get("data", {}),
                         by_width=r.by_width(), points=own, own_widths=r.own_widths(), places=r.rank_distribution, reasons=r.reasons(), degrees=parts)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_every_policy_meets_every_test_set(policies, sets, results):
         assert alone.rows == report.rows and [r.expanded for r in report.rows] == [p.expanded for p in problems]
         assert Report.from_json(out / f"reports/{model}/{file}.json").rows == report.rows
         wide = search_problems(policy, load_tokenizer("tiny"), problems, 10)
-        assert [r.curve_place for r in report.rows] == [s.first_valid for s in wide]
+        assert [r.curve_place for r in report.rows] == [s.first_valid or 0 for s in wide]
         narrow = search_problems(policy, load_tokenizer("tiny"), problems, 4)
         assert [r.beam_reasons for r in report.rows] == [" ".join(v.reason for v in s.verdicts) for s in narrow]
     a, b = (found.reports[m, "2_2"] for m in ("tiny", "disturbed"))
@@ -158,8 +159,8 @@ def test_only_what_is_missing_is_computed(policies, sets, tmp_path, monkeypatch)
     (tmp_path / "renamed.txt").write_bytes((sets / "2_2.txt").read_bytes())
     evaluate_files(["tiny"], [tmp_path / "renamed.txt"], tmp_path, **few)
     assert asked == [(12, 6)] or asked == [(7, 6)], "a file is known by its content"
-    evaluate_files([policies["disturbed"]], [tmp_path / "renamed.txt"], tmp_path, **few)
-    assert len(asked) == 5, "another policy is measured"
+    evaluate_files([policies["disturbed"]], [tmp_path / "renamed.txt"], tmp_path, curve_problems=3, **few)
+    assert asked[1:] == [(12, 1), (12, 4), (12, 6), (3, 10)], "another policy is measured"
 
 
 def test_two_evaluations_do_not_write_one_file(tmp_path):
@@ -209,7 +210,7 @@ def test_files_without_answers_on_request(tmp_path):
 
 def test_the_curve_is_the_k_best_of_one_search():
     places, own = [1, 3, None, 2, 9], [True, False, False, True, False]
-    rows = [Row("^ a P 4", 4, 2, g, p if p and p <= 4 else None, p if p and p <= 6 else None, 0, "ok", p, "ok") for p, g in zip(places, own)]
+    rows = [Row("^ a P 4", 4, 2, g, p if p and p <= 4 else None, p if p and p <= 6 else None, 0, "ok", p or 0, "ok") for p, g in zip(places, own)]
     report = Report(rows, dict(SMALL))
     curve = report.by_width()
     assert [k for k, *_ in curve] == list(range(1, 11))
@@ -217,7 +218,9 @@ def test_the_curve_is_the_k_best_of_one_search():
     assert curve[2][2:] == wilson(3, 5)
     first, four, six = report.own_widths()
     assert (first["k"], first["own"], first["top_k"], first["differ"]) == (1, 0.4, 0.2, 1) and first["difference"] == pytest.approx(0.2)
-    assert (four["differ"], six["differ"], six["own"]) == (0, 0, 0.6)
+    assert (four["differ"], six["differ"], six["own"], six["n"]) == (0, 0, 0.6, 5)
+    half = Report([*rows[:2], *(replace(r, curve_place=None) for r in rows[2:])], report.settings)  # the wide search went over two problems
+    assert half.by_width()[0][1] == 0.5 and {(w["n"], w["differ"]) for w in half.own_widths()} == {(2, 0)} and half.metrics == report.metrics
     assert [w["k"] for w in Report(rows, dict(SMALL, curve_beams=None, wide_beams=6)).own_widths()] == [1, 4], "without a curve search, the wide search makes it"
 
 
