@@ -7,6 +7,7 @@ Modules:
 - `bgrpo_nb.data`: Make, read, write, filter, mix and split decomposition problems.
 - `bgrpo_nb.evaluation`: What a policy can do greedily, with beams and with samples; every figure with its interval, every difference with its own.
 - `bgrpo_nb.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face causal model; and a guide to the key-value cache.
+- `bgrpo_nb.kept`: What an evaluation has found, kept as it comes: one line a problem, one file for each policy, problems and settings.
 - `bgrpo_nb.model`: Three vocabularies, three sizes, and a door for the authors' checkpoints.
 - `bgrpo_nb.packed`: Linear layers whose weights lie as the processor wants them, for as long as a search runs.
 - `bgrpo_nb.polynomial`: Prefix notation, and the algebra that says whether an answer decomposes a polynomial.

@@ -45,9 +45,10 @@ def answer_tokens(problems: Sequence[Problem]) -> int:
     return known + known // 4 + 3 if known else max(len(p.expanded.split()) for p in problems)
 
 # %% ../nbs/06_beam_filter.ipynb #7bf5d4ff
-def in_batches(problems: Sequence[Problem], tokenizer, device, batch_size: int, progress: str | None = None):
+def in_batches(problems: Sequence[Problem], tokenizer, device, batch_size: int, progress: str | None = None,
+               only: Sequence[int] | None = None): # places of problems; all by default
     "Yields places of problems and their encoded prompts, long prompts first, so that memory runs out at once or never; unknown words raise first"
-    order = sorted(range(len(problems)), key=lambda i: -len(problems[i].expanded))
+    order = sorted(range(len(problems)) if only is None else only, key=lambda i: -len(problems[i].expanded))
     batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     encoded = [encode(tokenizer, [problems[i].prompt for i in places]) for places in batches]
     for places, enc in tqdm(list(zip(batches, encoded)), desc=progress, disable=progress is None, unit="batch", leave=False):

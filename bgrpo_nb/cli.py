@@ -159,8 +159,8 @@ def filter_problems(argv):
     write_problems(a.out, found.kept)
     print(f"{found}\nplaces of the first valid beam: {found.rank_distribution}\nwritten to {a.out}")
 
-def _add_policy(p):
-    p.add_argument("--model", default="tiny", help="a bundled policy's name or a folder")
+def _add_policy(p, nargs=None):
+    p.add_argument("--model", default=["tiny"] if nargs else "tiny", nargs=nargs, help="a bundled policy's name or a folder" + ("; several may be named" if nargs else ""))
     p.add_argument("--domain", choices=["QQ", "ZZ"], default="QQ", help="coefficients of the outer polynomial; ZZ is the authors' rule")
     p.add_argument("--allow_trivial", action="store_true", help="linear parts count, the authors' rule")
     p.add_argument("--limit", type=int, help="only the first problems of a file")
@@ -191,39 +191,56 @@ def _train(command, argv):
 
 # %% ../nbs/13_cli.ipynb #78048f1d
 def evaluate(argv):
-    "Measure a policy on files of problems: greedy, beams, samples, oracle, beam rank score"
+    "Measure policies on test sets: greedy, beams, samples, oracle, beam rank score; tables and figures; goes on where it was stopped"
     p = _Parser(prog="bgrpo evaluate", description=evaluate.__doc__)
-    _add_policy(p)
-    p.add_argument("--problems", required=True, nargs="+", help="files of problems")
+    _add_policy(p, nargs="+")
+    p.add_argument("--problems", required=True, nargs="+", help="files of problems, or folders of .txt files")
     p.add_argument("--num_beams", type=int, default=10, help="beam width, of the beam rank score too")
     p.add_argument("--wide_beams", type=int, default=25, help="a second, wider search")
+    p.add_argument("--curve_beams", type=int, default=50, help="the widest search, whose k best beams make the curve of accuracy by width; 0: --wide_beams makes it")
+    p.add_argument("--curve_problems", type=int, default=300, help="it searches the first so many problems of each file")
     p.add_argument("--num_samples", type=int, default=10, help="samples a problem, for pass@k")
     p.add_argument("--temperature", type=float, default=0.7, help="of the samples")
     p.add_argument("--seed", type=int, default=0, help="of the samples")
-    p.add_argument("--out", help="JSON file for the report, a row for each problem; with several files, a folder")
+    p.add_argument("--batch_size", type=int, help="prompts searched together; left out: as many as make about 400 beams")
+    p.add_argument("--without_answers", action="store_true", help="measure files without answers, too; their inner degrees stay unknown")
+    p.add_argument("--out", default="runs/evaluation", help="folder for results.json, .csv, .md, plots and reports; what an earlier run found in it is not computed "
+                   "again. Of one policy on one file also NAME.json, for the report alone")
     a = p.parse_args(argv)
-    from bgrpo_nb import evaluation
-    from bgrpo_nb.data import read_problems
-    files = [(path, read_problems(path, a.limit)) for path in map(Path, a.problems)]
-    model, tokenizer = _load_policy(a)
-    for path, problems in files:
-        report = evaluation.evaluate(model, tokenizer, problems, a.num_beams, a.wide_beams, a.num_samples, a.temperature, a.domain, a.seed,
-                                     a.allow_trivial, progress=True)
-        print(f"{path}: {report}")
-        if (apart := report.without_trivial(problems)) is not None: print(f"{path}, problems whose known answer is not trivial: {apart}")
-        if a.out: print("written to", report.to_json(Path(a.out) if len(files) == 1 else Path(a.out) / f"{path.stem}.json"))
+    from bgrpo_nb import testsets
+    single, out = a.out.endswith(".json"), Path(a.out)
+    if single and len(a.model) * len(testsets.test_sets(a.problems)) > 1: raise Fault(f"evaluate: {a.out} holds one report, and several are asked for; name a folder for --out")
+    folder = out.with_suffix("") if single else out
+    try: results = testsets.evaluate_files(a.model, a.problems, folder, a.limit, a.without_answers, progress=True, num_beams=a.num_beams, wide_beams=a.wide_beams,
+                                             curve_beams=a.curve_beams or None, curve_problems=a.curve_problems, num_samples=a.num_samples, temperature=a.temperature, domain=a.domain, seed=a.seed,
+                                             allow_trivial=a.allow_trivial, batch_size=a.batch_size)
+    except KeyboardInterrupt:
+        print(f"bgrpo: stopped; what was found is kept in {folder / 'kept'}, and the same command goes on", file=sys.stderr)
+        return 130
+    print(results)
+    print("written to", next(iter(results.reports.values())).to_json(out) if single else folder / "results.md")
 
 # %% ../nbs/13_cli.ipynb #359ca56e
 def plot(argv):
-    "Redraw the three panels of a run from its metrics"
+    "Redraw figures from files alone: the three panels of a training run, or those of an evaluation"
     p = _Parser(prog="bgrpo plot", description=plot.__doc__)
-    p.add_argument("run", help="a run's folder")
-    p.add_argument("--out", help="figure file; left out: plots/history.png in the run's folder")
+    p.add_argument("run", help="a run's folder, or that of `bgrpo evaluate`")
+    p.add_argument("--out", help="left out: plots/ in the folder. Figure file of a run, folder for the figures of an evaluation")
     a = p.parse_args(argv)
-    if not (path := Path(a.run) / "metrics.jsonl").is_file(): raise Fault(f"plot: {a.run} is no run folder, it has no metrics.jsonl")
-    from bgrpo_nb.evaluation import plot_history
+    folder = Path(a.run)
+    if (folder / "results.json").is_file(): return _plot_evaluation(folder, a.out or folder / "plots")
+    if not (path := folder / "metrics.jsonl").is_file(): raise Fault(f"plot: {a.run} is no folder of a run or an evaluation, it has no metrics.jsonl and no results.json")
+    from bgrpo_nb.figures import plot_history
     from bgrpo_nb.runs import read_metrics
-    print("drawn in", plot_history(read_metrics(path), a.out or Path(a.run) / "plots" / "history.png"))
+    print("drawn in", plot_history(read_metrics(path), a.out or folder / "plots" / "history.png"))
+
+def _plot_evaluation(folder, out):
+    import json
+    from bgrpo_nb.tables import draw
+    try: drawn = draw(json.loads((folder / "results.json").read_text(encoding="utf-8")), out)
+    except (ValueError, KeyError, TypeError) as e:
+        raise Fault(f"plot: {folder / 'results.json'} was not written by `bgrpo evaluate` ({type(e).__name__}: {e}); run that again, it computes only what is missing") from None
+    print("drawn in", ", ".join(map(str, drawn)))
 
 def convert(argv):
     "The authors' checkpoint (.pt, .safetensors) to a Hugging Face folder, or back"
@@ -301,8 +318,8 @@ COMMANDS = {
     "sft": (sft, "supervised training of a policy"),
     "filter": (filter_problems, "keep the problems that are solved among the top beams"),
     "train": (train, "train a policy by BGRPO or GRPO"),
-    "evaluate": (evaluate, "measure a policy on files of problems"),
-    "plot": (plot, "redraw the figures of a run"),
+    "evaluate": (evaluate, "measure policies on test sets"),
+    "plot": (plot, "redraw the figures of a run or an evaluation"),
     "convert": (convert, "the authors' checkpoints to Hugging Face folders, and back"),
 }
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bgrpo_nb"
-FLOORS = ["polynomial", "data", "model", "packed", "generation", "runs", "sft", "rewards", "beam_filter", "evaluation", "trl_batching", "trainer",
+FLOORS = ["polynomial", "data", "model", "packed", "generation", "runs", "sft", "rewards", "beam_filter", "kept", "figures", "tables", "decomposition",
+          "evaluation", "testsets", "trl_batching", "trainer",
           "sweeps", "analysis", "widgets", "cli"]
 UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "polynomial": {"torch", "transformers", "trl"},
