@@ -34,8 +34,8 @@ W&B's macros, so that one program serves both engines. `${args}` holds `--output
 
 ## The study
 
-What is planned, claimed and done lives in an Optuna storage: a journal file, on one machine or a shared disk, or PostgreSQL for machines that
-share no disk. SQLite is refused: with three workers it handed the same trial to two of them in three runs of four.
+What is planned, claimed and done lives in an Optuna storage: a journal file, on one machine or a disk that several share (its locks must reach
+across them, as those of NFS do), or PostgreSQL. SQLite is refused: with three workers it handed the same trial to two of them in three runs of four.
 
 ## Claiming a trial
 
@@ -72,8 +72,9 @@ __all__ = ['TAKES', 'SET_BY_THE_SWEEP', 'TOP', 'TRAIN', 'ARGS', 'RETRIES', 'LEAS
            'Sweep', 'read_sweep', 'hyperband', 'Point', 'axis', 'draw', 'plan', 'size', 'words', 'open_storage',
            'last_line', 'open_study', 'claim', 'is_lost', 'give_back', 'return_lost', 'follow', 'run_trial', 'work']
 
-# %% ../nbs/10_sweeps.ipynb #7f38d1ed
+# %% ../nbs/10_sweeps.ipynb #4abbf281
 import difflib
+import fcntl
 import itertools
 import json
 import math
@@ -376,16 +377,25 @@ def open_storage(folder,                # the sweep's
         except Exception as e: raise SweepError(f"the PostgreSQL of --storage does not answer ({last_line(e)}); check host, port, name and password") from None
     if where.startswith("sqlite"): raise SweepError("SQLite gives one trial to two workers; leave out --storage for a journal file, or name a PostgreSQL")
     if "://" in where: raise SweepError(f"--storage {where.split(':')[0]} is not known; give a path for a journal, or postgresql://user@host/name")
-    path = Path(where).resolve()  # with a relative path a lock that a killed worker held is never freed
+    path = Path(where).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path), _KernelLock(path)))
+
+class _KernelLock(optuna.storages.journal.JournalFileOpenLock):
+    "The kernel frees it when its holder is killed; Optuna's own locks stay for half a minute"
+    def __init__(self, path): self.path = f"{path}.lock"
+    def acquire(self) -> bool:
+        self.file = open(self.path, "ab")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        return True
+    def release(self): self.file.close()
 
 def last_line(error) -> str: return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 def open_study(sweep: Sweep, folder, where=None, seed: int = 0, resume: bool = False) -> optuna.Study:
     "Make the study, or with `resume` go on with it, and put into its queue what was planned and is not there"
     storage = open_storage(folder, where)
-    account = dict(seed=seed, seeds=list(sweep.seeds), run_cap=sweep.run_cap, plan=json.loads(json.dumps([*plan(sweep, seed)])), fixed=sweep.fixed, command=sweep.command)
+    account = dict(seed=seed, seeds=list(sweep.seeds), run_cap=sweep.run_cap, metric=sweep.metric, plan=json.loads(json.dumps([*plan(sweep, seed)])), fixed=sweep.fixed, command=sweep.command)
     exists = sweep.name in optuna.get_all_study_names(storage)
     if exists and not resume: raise SweepError(f"there is a sweep {sweep.name} already; add --resume to go on with it or to help it, or choose another --output_dir or --name")
     if resume and not exists: raise SweepError(f"there is no sweep {sweep.name} to resume; leave out --resume to start it")
@@ -404,7 +414,7 @@ def claim(study: optuna.Study, sweep: Sweep) -> optuna.Trial | None: # None: the
     while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         trial = study.ask()
         if "planned" in trial.user_attrs and not _twin(study, trial): break
-        study.tell(trial, state=TrialState.FAIL)
+        _tell(study, trial, TrialState.FAIL)
     else: return None
     a, seeds = trial.user_attrs, sweep.seeds or (None,)
     study.sampler = optuna.samplers.TPESampler(seed=1000 * study.user_attrs["account"]["seed"] + a["planned"], multivariate=False) # asked for bayes alone
@@ -414,6 +424,11 @@ def claim(study: optuna.Study, sweep: Sweep) -> optuna.Trial | None: # None: the
     trial.set_user_attr("folder", f"trials/{a['planned']:04d}" + (f"-retry{a['attempt']}" if a["attempt"] else ""))
     for name, value in (myself() | dict(seen=time.time())).items(): trial.set_user_attr(name, value)
     return trial
+
+def _tell(study, trial, state, value=None):
+    "Once; another observer may have been faster"
+    try: study.tell(trial.number, value, state, skip_if_finished=True)
+    except UpdateFinishedTrialError: pass
 
 def _key(trial): return trial.user_attrs.get("planned"), trial.user_attrs.get("attempt")
 def _twin(study, trial): return any(t.number < trial.number and _key(t) == _key(trial) for t in study.get_trials(deepcopy=False))
@@ -444,16 +459,22 @@ def give_back(study: optuna.Study, trial, counted: bool = True) -> bool: # wheth
     return True
 
 def return_lost(study: optuna.Study, folder) -> list[int]: # planned numbers
-    "Fail the trials whose workers are gone, end what they left behind, and give their points back"
-    lost = [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if is_lost(t)]
-    for t in lost:
-        if "planned" in t.user_attrs: again = give_back(study, t)
-        if "folder" in t.user_attrs:
-            where = (Path(folder) / t.user_attrs["folder"]).resolve()
-            if t.user_attrs.get("host") == socket.gethostname(): end_marked(where)
-            if where.is_dir(): _fail(where, "its worker was lost" + ("" if again else f" for the {RETRIES + 1}rd time; give up"), None)
-        study.tell(t.number, state=TrialState.FAIL, skip_if_finished=True)
-    return [t.user_attrs["planned"] for t in lost if "planned" in t.user_attrs]
+    "End what lost workers left behind, keep what had finished, give the other points back"
+    back = []
+    for t in [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if is_lost(t)]:
+        where, value = (Path(folder) / t.user_attrs["folder"]).resolve() if "folder" in t.user_attrs else None, None
+        if where and t.user_attrs.get("host") == socket.gethostname(): end_marked(where)
+        if where and (where / "result.json").is_file(): value = _last_value(where, study.user_attrs["account"]["metric"])  # only the telling was missing
+        if value is None and "planned" in t.user_attrs:
+            back.append(t.user_attrs["planned"])
+            again = give_back(study, t)
+            if where and where.is_dir(): _fail(where, "its worker was lost" + ("" if again else f", {RETRIES + 1} times in all; given up"), None)
+        _tell(study, t, TrialState.FAIL if value is None else TrialState.COMPLETE, value)
+    return back
+
+def _last_value(where, metric) -> float | None:
+    values = [row[metric] for row in _Rows(where / "metrics.jsonl").new() if metric in row]
+    return values[-1] if values and math.isfinite(values[-1]) else None
 
 def _fail(where, reason, status): write_json(Path(where) / "failure.json", dict(reason=reason, exit_status=status))
 
@@ -511,7 +532,7 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, folder, as
     if state == "failed": _fail(where, reason, status)
     if state == "pruned": write_json(where / "pruned.json", dict(iterations=len(values), value=values[-1]))
     if why == "stopped" or (status is not None and status < 0 and not why): give_back(study, trial, counted=why != "stopped")
-    study.tell(trial, values[-1] if state == "finished" else None, {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[state], skip_if_finished=True)
+    _tell(study, trial, {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[state], values[-1] if state == "finished" else None)
     return state
 
 def _judge(where, sweep, values, status, why) -> tuple[str, str | None]: # state, reason
