@@ -287,7 +287,7 @@ def _refuse_sweep(a):
 
 def _read_seeds(text) -> tuple[int, ...] | None:
     if text is None: return None
-    try: seeds = tuple(range(int(text))) if "," not in text else tuple(map(int, text.split(",")))
+    try: seeds = tuple(range(int(text))) if "," not in text else tuple(map(int, text.strip(",").split(",")))
     except ValueError: seeds = ()
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0: raise Fault(f"sweep: --seeds {text} is no list of seeds; write how many, as in 3, or which, as in 5,6,7")
     return seeds

@@ -242,6 +242,7 @@ def run_wandb(sweep, file, folder, agents=1, entity=None, project=None, join=Non
     show = show or Screen()
     try:
         path = _sweep_path(wandb, join, entity, project) if join else _create(wandb, sweep, entity, project)
+        wandb.Api().sweep(path)  # an agent would wait for one that does not exist
         print(f"sweep {path}; help it from another machine with: bgrpo sweep --join {path}", flush=True)
         folder = Path(folder or Path("runs/sweeps") / path.split("/")[-1]).resolve()
         (folder / "agents").mkdir(parents=True, exist_ok=True)

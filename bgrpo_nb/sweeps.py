@@ -190,7 +190,7 @@ def _range(kind, spec, wrong) -> BaseDistribution:
         if low <= 0: wrong(f"log_uniform_values takes the values themselves, above 0, not {low}; for exponents use log_uniform")
         return FloatDistribution(low, high, log=True)
     if q is not None and (q <= 0 or abs((high - low) / q - round((high - low) / q)) > 1e-9): wrong(f"max must be min and a multiple of q={q}")
-    return FloatDistribution(low, high, step=q)
+    return FloatDistribution(float(low), float(high), step=q)
 
 # %% ../nbs/10_sweeps.ipynb #3fb32458
 TOP = ("method", "metric", "parameters", "early_terminate", "run_cap", "program", "command", "name", "description", "project", "entity")

@@ -431,3 +431,60 @@ def test_two_machines_share_a_sweep_through_postgresql(place, postgres):
     assert len(results) == len(set(results)) == 36 and list(there.glob("trials/*/result.json")) and not orphans(place)
     status, said = launch("grid.yaml", "--output_dir", here, "--storage", "postgresql://nobody@127.0.0.1:1/none")
     assert status == 2 and "does not answer" in said and len(said.strip().splitlines()) <= 12, said
+
+
+# --- W&B ----------------------------------------------------------------------------------------------------------------------------------------
+
+SIX = dict(parameters=dict(x=dict(values=[0, 1, 2]), y=dict(values=[0.0, 0.5]), use_beam=dict(value=False), pause=dict(value=0.2), seed=dict(value=4)), name="six")
+
+
+@pytest.mark.timeout(300)
+def test_wandb_creates_runs_three_agents_and_reads_back(place, monkeypatch):
+    from fake_wandb import FakeWandb
+    file = write(place, **SIX)
+    with FakeWandb() as server:
+        status, said = launch(file, "--workers", 3, "--project", "p", "--output_dir", "out", **server.env)
+        assert status == 0 and "sweep us/p/s1" in said, f"{said}\n{server.asked}\n" + "".join(p.read_text() for p in Path("out/agents").glob("*.txt"))
+        assert sorted((r["summary"]["score"], r["state"]) for r in server.runs.values()) == [(9 * x + y + 0.4, "finished") for x in (0, 1, 2) for y in (0.0, 0.5)]
+        assert len([a for a in server.agents.values() if a["runs"]]) >= 2 and len(server.agents) == 3
+        for name, value in server.env.items(): monkeypatch.setenv(name, value)
+        import wandb
+        for run in wandb.Api().sweep("us/p/s1").runs:
+            run.load_full_data()
+            assert run.config["use_beam"] is False and run.config["seed"] == 4 and run.summary["commit"] == "c"
+            assert [row["score"] for row in run.history(pandas=False)] == pytest.approx([run.config["x"] * step + run.config["y"] + 0.4 for step in range(1, 10)])
+            where = place / "out/trials" / run.id
+            assert json.loads((where / "config.json").read_text())["parameters"] == {k: run.config[k] for k in ("x", "y")} and (where / "result.json").exists()
+    assert not orphans(place)
+
+
+@pytest.mark.timeout(300)
+def test_wandb_failures_are_counted_and_a_running_sweep_is_joined(place):
+    "An agent ends with 0 even when every run failed; the launcher does not"
+    from fake_wandb import FakeWandb
+    with FakeWandb() as server:
+        (place / "out").mkdir()
+        (place / "out/broken").touch()
+        status, said = launch(write(place, **SIX), "--run_cap", 2, "--output_dir", "out", **server.env)
+        assert status == 1 and {r["state"] for r in server.runs.values()} == {"failed"} and len(server.runs) == 2, said
+        for run in server.runs.values():
+            assert run["summary"]["reason"] == json.loads((place / f"out/trials/{run['id']}/failure.json").read_text())["reason"] == "exit status 1: the data is not there"
+        first = launch("other.yaml", "--run_cap", 4, "--output_dir", "here", wait=False, **server.env)
+        until(lambda: "s2" in server.sweeps)
+        status, said = launch("--join", "us/bgrpo_nb/s2", "--output_dir", "there", **server.env)
+        assert status == 0, said
+        assert first.wait(120) == 0 and len([a for a in server.agents.values() if a["sweep"] == "s2"]) == 2
+        found = [p.parent.name for folder in ("here", "there") for p in (place / folder).glob("trials/*/result.json")]
+        assert len(found) == len(set(found)) == 4
+        status, said = launch("--join", "us/bgrpo_nb/s3", **server.env)
+        assert status == 2 and "W&B: Could not find sweep" in said and len(said.strip().splitlines()) == 1, said
+
+
+def test_wandb_gets_what_optuna_gets(place):
+    from bgrpo_nb.sweep_launcher import wandb_config
+    made = wandb_config(read_sweep("grid.yaml"))
+    assert made["parameters"]["seed"] == {"values": [0, 1]} and made["parameters"]["x"] == {"values": [0, 1, 2, 3, 4, 5]} and made["parameters"]["pause"] == {"value": 0.012}
+    lr = dict(distribution="log_uniform_values", min=1e-5, max=2e-4)
+    sweep = read_sweep(write(place, method="random", run_cap=4, parameters=dict(lr=lr, k=dict(min=10, max=25), b=dict(min=0, max=0.5))))
+    assert {k: wandb_config(sweep)["parameters"][k] for k in "k b lr".split()} == dict(lr=lr, k=dict(distribution="int_uniform", min=10, max=25), b=dict(distribution="uniform", min=0.0, max=0.5))
+    with pytest.raises(SweepError, match="--engine optuna"): wandb_config(read_sweep("other.yaml", seeds=(0, 1)))
