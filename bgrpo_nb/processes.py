@@ -80,6 +80,39 @@ def end_marked(folder):
         psutil.wait_procs(left, timeout=1)
 
 
+def follow(command, where, each, asked=lambda: None, grace=60.0):
+    """Run a trial's program in the folder `where` to its end, or until there is a reason to end it: exit status, reason or None.
+
+    `each` gets every row of metrics.jsonl as it comes, `asked` is called twice a second; what either returns is the reason to end the program."""
+    child, rows, why = start(command, where / "log.txt", os.environ | {MARK: str(where)}), Rows(where / "metrics.jsonl"), None
+    try:
+        while why is None:
+            try: child.wait(0.5)
+            except subprocess.TimeoutExpired: pass
+            ended = child.poll() is not None
+            for row in rows.new(): why = why or each(row)
+            why = why or asked()
+            if ended: return child.returncode, None
+        return end(child, grace), why
+    finally:
+        end(child, 0)
+        end_marked(where)
+
+
+class Rows:
+    "Whole lines of a growing file, each once"
+    def __init__(self, path): self.path, self.at = path, 0
+
+    def new(self):
+        if not self.path.exists(): return []
+        with self.path.open("rb") as file:
+            file.seek(self.at)
+            text = file.read()
+        text = text[:text.rfind(b"\n") + 1]
+        self.at += len(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
 def last_words(log, lines=1, reach=4000):
     "The end of a log: its last non-empty lines"
     try: text = Path(log).read_bytes()[-reach:].decode("utf-8", "replace")

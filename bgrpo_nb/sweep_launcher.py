@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlparse
 
-from bgrpo_nb.processes import end, last_words, shares, start, tie_to_parent, write_json
-from bgrpo_nb.sweeps import (IntDistribution, CategoricalDistribution, FloatDistribution, Sweep, SweepError, TrialState, axis, draw, follow, last_line, open_storage,
+from bgrpo_nb.processes import end, follow, last_words, shares, start, tie_to_parent, write_json
+from bgrpo_nb.sweeps import (IntDistribution, CategoricalDistribution, FloatDistribution, Sweep, SweepError, TrialState, axis, draw, last_line, open_storage,
                              open_study, plan, read_sweep, return_lost, size, words, work)
 
 ORDERS, FOLDER = "BGRPO_SWEEP", "BGRPO_SWEEP_FOLDER"
@@ -143,7 +143,7 @@ def _start_worker(folder, i, env):
     return start([sys.executable, "-m", "bgrpo_nb.sweep_launcher", "worker"], folder / "workers" / f"{i}.txt", env, signal.SIGTERM)
 
 
-def _end_all(processes, stop, grace=60):
+def _end_all(processes, stop, grace=90):
     "SIGTERM to all; SIGKILL where the grace is over or stop was asked for twice"
     for p in processes:
         if p.poll() is None: p.terminate()

@@ -2,7 +2,8 @@
 
 ## The file
 
-A YAML reader in which numbers are what they look like, and in which a name that stands twice is an error instead of a silent loss.
+A sweep of a hundred trials that all fail, or that all mean something else than their author thought, costs a night. So the reader is strict, and
+every complaint names the place and the cure. It begins with YAML itself: a reader in which numbers are what they look like, and in which a name that stands twice is an error instead of a silent loss.
 
 ## A parameter
 
@@ -25,7 +26,7 @@ runs with every seed, whatever the method.
 
 ## The plan
 
-Every trial has a number before the first one starts. A grid is the product; random configurations are drawn in advance from the sweep's seed;
+Every trial has a number before the first one starts: its folder, its seed and its place in the table do not depend on who ran it, or when. A grid is the product; random configurations are drawn in advance from the sweep's seed;
 bayes plans how many, and chooses each when it begins.
 
 ## From a point to a command
@@ -39,6 +40,9 @@ across them, as those of NFS do), or PostgreSQL. SQLite is refused: with three w
 
 ## Claiming a trial
 
+Planning first makes claiming simple: workers need not agree on anything but the queue, and a point that failed can be told from one that was never
+tried. Optuna's own `GridSampler`, one in each worker, ran 2 of 36 points twice.
+
 `ask` takes the first trial of the queue, for one worker alone. A trial that carries no number, or the number of an earlier one, is nobody's: two
 workers may notice the same death and both put the point back, and the first of the two counts.
 
@@ -50,12 +54,16 @@ A program that fails by itself is not tried again: it would fail again. Nor is i
 
 ## Running a trial
 
-The program runs in a session of its own, tied to its worker: when the worker dies, however it dies, the kernel ends the program. What it prints
-goes to `log.txt`; the rows of `metrics.jsonl` are read as they come.
+The program runs in a session of its own, tied to its worker: when the worker dies, however it dies, the kernel ends the program. Whatever the
+program started carries a mark in its environment and is ended too. What it prints goes to `log.txt`; the rows of `metrics.jsonl` are read as they
+come (`processes.follow`). A retry of `bgrpo train` takes over the checkpoints of the attempt that was cut off and goes on from there.
+
+A trial has **finished** when the program ended with status 0, wrote `result.json`, and logged the metric as a finite number. Everything else is a
+failure with a reason, in `failure.json` beside the log: what exactly was missing, or the last line that the program printed.
 
 ## A worker
 
-Claims and runs until nothing is left. While others still run it waits: one of them may die, and its point comes back.
+A worker knows the study, the file and a folder. It claims and runs until nothing is left. While others still run it waits: one of them may die, and its point comes back.
 
 ## Hyperband, here and at W&B
 
@@ -70,7 +78,7 @@ a pruned sweep is not reproducible point by point, and an arm that learns slowly
 # %% auto #0
 __all__ = ['TAKES', 'SET_BY_THE_SWEEP', 'TOP', 'TRAIN', 'ARGS', 'RETRIES', 'LEASE', 'SIGN', 'SweepError', 'read_parameter',
            'Sweep', 'read_sweep', 'hyperband', 'Point', 'axis', 'draw', 'plan', 'size', 'words', 'open_storage',
-           'last_line', 'open_study', 'claim', 'is_lost', 'give_back', 'return_lost', 'follow', 'run_trial', 'work']
+           'last_line', 'open_study', 'claim', 'folder_of', 'is_lost', 'give_back', 'return_lost', 'run_trial', 'work']
 
 # %% ../nbs/10_sweeps.ipynb #4abbf281
 import difflib
@@ -80,8 +88,8 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -95,8 +103,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-# %% ../nbs/10_sweeps.ipynb #cbfc9502
-from .processes import MARK, end, end_marked, is_alive, last_words, myself, start, write_json
+# %% ../nbs/10_sweeps.ipynb #e47c1398
+from .processes import Rows, end_marked, follow, is_alive, last_words, myself, write_json
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -421,7 +429,7 @@ def claim(study: optuna.Study, sweep: Sweep) -> optuna.Trial | None: # None: the
     for name, d in sweep.swept.items(): _suggest(trial, name, d)
     if sweep.method == "bayes" and a["planned"] % len(seeds) == 0:
         for i, s in enumerate(seeds[1:], a["planned"] + 1): _enqueue(study, trial.params, planned=i, attempt=0, seed=s)
-    trial.set_user_attr("folder", f"trials/{a['planned']:04d}" + (f"-retry{a['attempt']}" if a["attempt"] else ""))
+    trial.set_user_attr("folder", folder_of(a["planned"], a["attempt"]))
     for name, value in (myself() | dict(seen=time.time())).items(): trial.set_user_attr(name, value)
     return trial
 
@@ -430,6 +438,7 @@ def _tell(study, trial, state, value=None):
     try: study.tell(trial.number, value, state, skip_if_finished=True)
     except UpdateFinishedTrialError: pass
 
+def folder_of(planned, attempt) -> str: return f"trials/{planned:04d}" + (f"-retry{attempt}" if attempt else "")
 def _key(trial): return trial.user_attrs.get("planned"), trial.user_attrs.get("attempt")
 def _twin(study, trial): return any(t.number < trial.number and _key(t) == _key(trial) for t in study.get_trials(deepcopy=False))
 
@@ -473,42 +482,10 @@ def return_lost(study: optuna.Study, folder) -> list[int]: # planned numbers
     return back
 
 def _last_value(where, metric) -> float | None:
-    values = [row[metric] for row in _Rows(where / "metrics.jsonl").new() if metric in row]
+    values = [row[metric] for row in Rows(where / "metrics.jsonl").new() if metric in row]
     return values[-1] if values and math.isfinite(values[-1]) else None
 
 def _fail(where, reason, status): write_json(Path(where) / "failure.json", dict(reason=reason, exit_status=status))
-
-# %% ../nbs/10_sweeps.ipynb #5b4444b1
-def follow(command: list[str], where: Path,            # the trial's folder
-           each: Callable[[dict], str | None],         # gets every row of metrics.jsonl; a reason ends the program
-           asked: Callable[[], str | None] = lambda: None, # asked twice a second; a reason ends the program
-           ) -> tuple[int | None, str | None]:         # exit status, why it was ended
-    "Run a trial's program to its end, or until there is a reason to end it"
-    child, rows, why = start(command, where / "log.txt", os.environ | {MARK: str(where)}), _Rows(where / "metrics.jsonl"), None
-    try:
-        while why is None:
-            try: child.wait(0.5)
-            except subprocess.TimeoutExpired: pass
-            ended = child.poll() is not None
-            for row in rows.new(): why = why or each(row)
-            why = why or asked()
-            if ended: return child.returncode, None
-        return end(child), why
-    finally:
-        end(child, 0)
-        end_marked(where)  # whatever the program had started
-
-class _Rows:
-    "Whole lines of a growing file, each once"
-    def __init__(self, path): self.path, self.at = path, 0
-    def new(self) -> list[dict]:
-        if not self.path.exists(): return []
-        with self.path.open("rb") as file:
-            file.seek(self.at)
-            text = file.read()
-        text = text[:text.rfind(b"\n") + 1]
-        self.at += len(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 # %% ../nbs/10_sweeps.ipynb #a9278544
 def run_trial(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, folder, asked=lambda: None) -> str: # finished, pruned or failed
@@ -517,6 +494,8 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, folder, as
     where = (Path(folder) / a["folder"]).resolve()
     where.mkdir(parents=True, exist_ok=True)
     write_json(where / "config.json", dict(planned=a["planned"], attempt=a["attempt"], parameters=trial.params, seed=a["seed"], fixed=sweep.fixed, metric=sweep.metric, goal=sweep.goal))
+    flags = sweep.fixed | trial.params | dict(seed=a["seed"], output_dir=str(where))
+    if sweep.command == TRAIN and _carry_on(folder, a, where): flags["resume"] = True
     def each(row):
         if (value := row.get(sweep.metric)) is None: return
         values.append(value)
@@ -525,7 +504,7 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, folder, as
     def still():
         if time.time() - signed[0] > SIGN: signed[0] = time.time(); trial.set_user_attr("seen", signed[0])
         return asked()
-    try: status, why = follow(words(sweep.command, sweep.fixed | trial.params | dict(seed=a["seed"], output_dir=str(where))), where, each, still)
+    try: status, why = follow(words(sweep.command, flags), where, each, still)
     except UpdateFinishedTrialError: return _fail(where, "another worker took this trial for lost and ran it again", None) or "failed"
     except OSError as e: status, why = 127, None; (where / "log.txt").write_text(f"{e}\n")
     state, reason = _judge(where, sweep, values, status, why)
@@ -534,6 +513,14 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, folder, as
     if why == "stopped" or (status is not None and status < 0 and not why): give_back(study, trial, counted=why != "stopped")
     _tell(study, trial, {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[state], values[-1] if state == "finished" else None)
     return state
+
+def _carry_on(folder, a, where) -> bool: # whether there is something to go on from
+    "Take over the checkpoints of the attempt that was cut off: `bgrpo train` goes on from them"
+    before = Path(folder) / folder_of(a["planned"], max(0, a["attempt"] - 1))
+    if not a["attempt"] or not list(before.glob("checkpoint-*/trainer_state.json")): return False
+    for name in ("metrics.jsonl", "config.yaml"): shutil.copy(before / name, where / name)
+    for checkpoint in before.glob("checkpoint-*"): os.replace(checkpoint, where / checkpoint.name)
+    return True
 
 def _judge(where, sweep, values, status, why) -> tuple[str, str | None]: # state, reason
     if why: return ("pruned", None) if why == "pruned" else ("failed", "the sweep was stopped" if why == "stopped" else why)

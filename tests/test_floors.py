@@ -58,7 +58,7 @@ def test_a_floor_names_nothing_it_must_not_know(module):
 @pytest.mark.parametrize("module,absent", [
     ("bgrpo_nb", ("torch", "transformers", "trl")), ("bgrpo_nb.polynomial", ("torch", "transformers", "trl", "sympy")),
     ("bgrpo_nb.data", ("torch", "transformers", "trl")), ("bgrpo_nb.generation", ("trl",)),
-    ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.evaluation", ("trl",)), ("bgrpo_nb.cli", ("torch", "transformers", "trl")),
+    ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.sweep_launcher", ("torch", "transformers", "trl", "wandb")), ("bgrpo_nb.evaluation", ("trl",)), ("bgrpo_nb.cli", ("torch", "transformers", "trl")),
 ])
 def test_importing_loads_no_more_than_it_says(module, absent):
     code = f"import sys, {module}; print(sorted(set({absent!r}) & set(sys.modules)))"

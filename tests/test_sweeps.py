@@ -168,6 +168,23 @@ def test_what_had_finished_when_its_worker_died_is_kept(place):
     assert return_lost(study, place / "out") == [] and study.trials[0].value == 19.0 and claim(study, sweep) is None
 
 
+def test_a_retry_of_training_goes_on_from_the_checkpoints_of_the_attempt_that_was_cut_off(place, monkeypatch):
+    from bgrpo_nb import sweeps
+    sweep = read_sweep("grid.yaml", run_cap=1)
+    (place / "toy.py").write_text("import sys; print(sys.argv[1:])\n" + TOY)
+    study = open_study(sweep, place / "out")
+    cut = claim(study, sweep)
+    before = place / "out/trials/0000/checkpoint-5"
+    before.mkdir(parents=True)
+    for name in ("trainer_state.json", "../metrics.jsonl", "../config.yaml"): (before / name).write_text("")
+    sweeps.give_back(study, cut)
+    study.tell(cut.number, state=TrialState.FAIL)
+    monkeypatch.setattr(sweeps, "TRAIN", sweep.command)
+    assert run_trial(study, claim(study, sweep), sweep, place / "out") == "finished"
+    again = place / "out/trials/0000-retry1"
+    assert "--resume=True" in (again / "log.txt").read_text() and (again / "checkpoint-5/trainer_state.json").exists() and not before.exists()
+
+
 def test_another_machine_is_lost_when_it_is_silent(place):
     sweep = read_sweep("grid.yaml")
     study = open_study(sweep, place / "out")
@@ -282,15 +299,15 @@ def test_hyperband_ends_what_lags_behind(place):
 
 @pytest.mark.timeout(600)
 def test_two_sweeps_of_real_training_give_identical_metrics(tmp_path, monkeypatch):
-    "BGRPO and GRPO, one step each, two workers and one; what `bgrpo train` accounts for is in every result"
+    "BGRPO and GRPO, two steps each, two workers and one; what `bgrpo train` accounts for is in every result"
     monkeypatch.chdir(tmp_path)
-    few = dict(num_problems=40, held_out=6, num_generations=4, prompts_per_step=4, max_steps=1, eval_steps=1, save_steps=1, num_samples=2, num_beams=4, wide_beams=4, use_cpu=True)
+    few = dict(num_problems=40, held_out=6, num_generations=4, prompts_per_step=4, max_steps=2, eval_steps=2, save_steps=2, warmup_steps=0, num_samples=2, num_beams=4, wide_beams=4, use_cpu=True)
     import yaml
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(dict(method="grid", parameters=dict(rollout=dict(values=["beam", "sample"]), **{k: dict(value=v) for k, v in few.items()}))))
     for name, workers in (("one", 1), ("two", 2)):
         status, said = launch("real.yaml", "--workers", workers, "--output_dir", name, "--seeds", "3,")
         assert status == 0, said
-    def rows(folder): return [[{k: v for k, v in json.loads(line).items() if not any(w in k for w in ("time", "runtime", "per_second"))}
+    def rows(folder): return [[{k: v for k, v in json.loads(line).items() if not any(w in k for w in ("time", "seconds", "per_second"))}
                                for line in (tmp_path / folder / f"trials/{i:04d}/metrics.jsonl").read_text().splitlines()] for i in range(2)]
     assert rows("one") == rows("two") and rows("one")[0] != rows("one")[1]
     result = json.loads((tmp_path / "two/trials/0001/result.json").read_text())
