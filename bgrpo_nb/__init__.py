@@ -3,7 +3,7 @@
 Modules:
 
 - `bgrpo_nb.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to find.
-- `bgrpo_nb.cli`: `bgrpo demo | generate | sft | filter | train | evaluate | plot | convert`
+- `bgrpo_nb.cli`: `bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | convert`
 - `bgrpo_nb.data`: Make, read, write, filter, mix and split decomposition problems.
 - `bgrpo_nb.evaluation`: What a policy can do greedily, with beams and with samples; every figure with its interval, every difference with its own.
 - `bgrpo_nb.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face causal model; and a guide to the key-value cache.
@@ -13,6 +13,8 @@ Modules:
 - `bgrpo_nb.polynomial`: Prefix notation, and the algebra that says whether an answer decomposes a polynomial.
 - `bgrpo_nb.rewards`: What a right answer is worth in place k of a beam search, and how a group of rewards becomes a group of advantages.
 - `bgrpo_nb.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
+- `bgrpo_nb.sweep_launcher`: Starts, watches and ends the processes of a sweep: Optuna workers, or W&B agents and the trials they ask for.
+- `bgrpo_nb.sweeps`: One sweep file in W&B's schema, two engines: W&B where somebody is logged in, Optuna everywhere else. Nothing planned is lost.
 - `bgrpo_nb.trainer`: TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
 - `bgrpo_nb.trl_batching`: From rows that repeat a prompt to one beam search a prompt; from K full rows back to one forward over their trie."""
 

@@ -1,4 +1,4 @@
-"""`bgrpo demo | generate | sft | filter | train | evaluate | plot | convert`
+"""`bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | convert`
 
 ## One line, and how to mend it
 
@@ -14,6 +14,11 @@ A parser whose complaint is one line, with the nearest flag.
 
 ## Measure, draw, convert
 
+## Sweep
+
+The file, the engines and what is promised: `10_sweeps`. Here the flags, and one check before anything starts: every planned trial of `bgrpo train`
+must be one that its config takes.
+
 ## The demo
 
 A policy that has learnt degree 2∘2 meets 3∘2. The beam filter keeps the problems that one of its beams solves, BGRPO trains on those, and both
@@ -25,12 +30,14 @@ degrees are measured before and after on problems that nobody trained on.
 
 # %% auto #0
 __all__ = ['ALIASES', 'DEMO', 'COMMANDS', 'Fault', 'unknown_flag', 'own_fields', 'fields_help', 'read_config', 'generate',
-           'filter_problems', 'sft', 'train', 'evaluate', 'plot', 'convert', 'demo', 'demo_table', 'overview', 'main']
+           'filter_problems', 'sft', 'train', 'evaluate', 'plot', 'convert', 'sweep', 'demo', 'demo_table', 'overview',
+           'main']
 
 # %% ../nbs/13_cli.ipynb #3c96b14d
 import argparse
 import ast
 import difflib
+import json
 import shlex
 import sys
 from importlib.metadata import version
@@ -252,6 +259,75 @@ def convert(argv):
     from bgrpo_nb.model import convert_checkpoint
     print("written to", convert_checkpoint(a.source, a.destination, {"n_head": a.n_head} if a.n_head else None))
 
+# %% ../nbs/13_cli.ipynb #5eee9002
+def sweep(argv):
+    "Run a sweep file in W&B's schema: with W&B where you are logged in, with Optuna elsewhere"
+    p = _Parser(prog="bgrpo sweep", description=sweep.__doc__)
+    p.add_argument("file", nargs="?", help="the sweep file; configs/sweeps/small.yaml is one")
+    p.add_argument("--output_dir", help="the sweep's folder; left out: runs/sweeps/NAME")
+    p.add_argument("--workers", "--agents", type=int, default=1, help="processes that run trials, on this machine")
+    p.add_argument("--engine", choices=["auto", "optuna", "wandb"], default="auto", help="auto: wandb where you are logged in")
+    p.add_argument("--resume", action="store_true", help="go on with a sweep, or help one from another machine")
+    p.add_argument("--retry_failed", action="store_true", help="with --resume: run what failed once more")
+    p.add_argument("--dry-run", "--dry_run", action="store_true", help="print the plan and its cost; RUNS the first trial to time it, and throws it away")
+    p.add_argument("--seeds", help="run each configuration with each: 3 (for 0,1,2) or 5,6,7; left out: `seed` of the file")
+    p.add_argument("--run_cap", type=int, help="most trials; left out: the file's")
+    p.add_argument("--seed", type=int, default=0, help="of what the sweep itself draws")
+    p.add_argument("--name", help="of the sweep; left out: the file's")
+    p.add_argument("--gpus", help="as 0,1: dealt to the workers by turns; none: run on the CPU; left out: all that are visible")
+    p.add_argument("--threads", type=int, help="CPU threads of each trial; left out: OMP_NUM_THREADS, or the cores divided by the workers")
+    p.add_argument("--storage", help="Optuna: postgresql://USER@HOST/NAME, or a journal's path on a shared disk; left out: journal.log in the folder")
+    p.add_argument("--entity", help="W&B: user or team")
+    p.add_argument("--project", help="W&B: project; left out: the file's, or bgrpo_nb")
+    p.add_argument("--join", metavar="ID", help="W&B: help a sweep that runs; ENTITY/PROJECT/ID, or ID with --project")
+    a = p.parse_args(argv)
+    _refuse_sweep(a)
+    from bgrpo_nb import sweep_launcher as run, sweeps
+    hands = dict(gpus=_read_gpus(a.gpus), threads=a.threads)
+    if a.join: return run.run_wandb(None, None, a.output_dir, a.workers, a.entity, a.project, a.join, **hands)
+    engine = a.engine if a.engine != "auto" else "wandb" if run.logged_in() and not a.storage and not a.resume else "optuna"
+    found = sweeps.read_sweep(a.file, _read_seeds(a.seeds), a.run_cap, a.name)
+    if engine == "wandb" and not run.logged_in(): raise Fault("sweep: nobody is logged in to W&B; run `wandb login`, or use --engine optuna")
+    _check_trials(found, a.seed)
+    if a.dry_run: return run.dry_run(found, a.workers, a.seed, **hands)
+    print("\n".join([*run.describe(found, sweeps.plan(found, a.seed)), f"  engine {engine}, {a.workers} worker{'s' * (a.workers > 1)}"]), flush=True)
+    if engine == "wandb": return run.run_wandb(found, a.file, a.output_dir, a.workers, a.entity, a.project, **hands)
+    folder = a.output_dir or Path("runs/sweeps") / found.name
+    status = run.run_optuna(found, a.file, folder, a.workers, a.storage, a.seed, a.resume, a.retry_failed, **hands)
+    print(f"the sweep is in {folder}" + (f"; read it with: bgrpo analyze {folder}" if status == 0 else ""))
+    return status
+
+def _refuse_sweep(a):
+    "What the flags alone show"
+    if not a.file and not a.join: raise Fault("sweep: which file? For a first try: bgrpo sweep configs/sweeps/small.yaml --workers 2")
+    if a.join and (a.engine == "optuna" or a.file or a.resume or a.dry_run): raise Fault("sweep: --join helps a W&B sweep by its ID alone; for Optuna use FILE and --resume")
+    if a.workers < 1: raise Fault(f"sweep: --workers {a.workers} runs nothing; use 1 or more")
+    if a.retry_failed and not a.resume: raise Fault("sweep: --retry_failed belongs to a sweep that was begun; add --resume")
+    if a.engine == "wandb" and (a.resume or a.storage): raise Fault("sweep: with --engine wandb, go on with a sweep by --join ID; --resume and --storage are Optuna's")
+
+def _read_seeds(text) -> tuple[int, ...] | None:
+    if text is None: return None
+    try: seeds = tuple(range(int(text))) if "," not in text else tuple(map(int, text.strip(",").split(",")))
+    except ValueError: seeds = ()
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0: raise Fault(f"sweep: --seeds {text} is no list of seeds; write how many, as in 3, or which, as in 5,6,7")
+    return seeds
+
+def _read_gpus(text) -> list[str] | None:
+    from bgrpo_nb.processes import visible_gpus
+    if text is None: return visible_gpus() or None
+    return [] if text == "none" else text.split(",")
+
+def _check_trials(found, seed):
+    "Refuse a plan of `bgrpo train` that holds a trial which its config would refuse"
+    from bgrpo_nb import sweeps
+    if found.command != sweeps.TRAIN: return
+    from bgrpo_nb.trainer import TrainConfig
+    points = [p.parameters for p in sweeps.plan(found, seed)] if found.method != "bayes" else sweeps.draw(found.swept, 5, seed)
+    for parameters in {json.dumps(p): p for p in points}.values():
+        flags = [w for w in sweeps.words(["${args}"], found.fixed | parameters)]
+        try: read_config(TrainConfig, [*flags, "--use_cpu=True"], "bgrpo train")
+        except (Fault, ValueError) as e: raise Fault(f"sweep: the trial {parameters} cannot run: {' '.join(str(e).split())}") from None
+
 # %% ../nbs/13_cli.ipynb #3d943fc7
 DEMO = dict(num_generations=16, prompts_per_step=48, learning_rate=5e-5, warmup_steps=8)
 
@@ -320,6 +396,7 @@ COMMANDS = {
     "train": (train, "train a policy by BGRPO or GRPO"),
     "evaluate": (evaluate, "measure policies on test sets"),
     "plot": (plot, "redraw the figures of a run or an evaluation"),
+    "sweep": (sweep, "try many settings: grid, random or bayes, on one machine or many"),
     "convert": (convert, "the authors' checkpoints to Hugging Face folders, and back"),
 }
 

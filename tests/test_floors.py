@@ -8,8 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bgrpo_nb"
 FLOORS = ["polynomial", "data", "model", "packed", "generation", "runs", "sft", "rewards", "beam_filter", "kept", "figures", "tables", "decomposition",
-          "evaluation", "testsets", "trl_batching", "trainer",
-          "sweeps", "analysis", "widgets", "cli"]
+          "evaluation", "testsets", "trl_batching", "trainer", "processes", "sweeps", "sweep_launcher", "analysis", "widgets", "cli", "__main__"]
 UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "polynomial": {"torch", "transformers", "trl"},
     "data": {"torch", "transformers", "trl"},
@@ -59,7 +58,7 @@ def test_a_floor_names_nothing_it_must_not_know(module):
 @pytest.mark.parametrize("module,absent", [
     ("bgrpo_nb", ("torch", "transformers", "trl")), ("bgrpo_nb.polynomial", ("torch", "transformers", "trl", "sympy")),
     ("bgrpo_nb.data", ("torch", "transformers", "trl")), ("bgrpo_nb.generation", ("trl",)),
-    ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.evaluation", ("trl",)), ("bgrpo_nb.cli", ("torch", "transformers", "trl")),
+    ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.sweep_launcher", ("torch", "transformers", "trl", "wandb")), ("bgrpo_nb.evaluation", ("trl",)), ("bgrpo_nb.cli", ("torch", "transformers", "trl")),
 ])
 def test_importing_loads_no_more_than_it_says(module, absent):
     code = f"import sys, {module}; print(sorted(set({absent!r}) & set(sys.modules)))"
