@@ -12,7 +12,8 @@ Modules:
 - `bgrpo_nb.rewards`: What a right answer is worth in place k of a beam search, and how a group of rewards becomes a group of advantages.
 - `bgrpo_nb.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
 - `bgrpo_nb.trainer`: TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
-- `bgrpo_nb.trl_batching`: From rows that repeat a prompt to one beam search a prompt; from K full rows back to one forward over their trie."""
+- `bgrpo_nb.trl_batching`: From rows that repeat a prompt to one beam search a prompt; from K full rows back to one forward over their trie.
+- `bgrpo_nb.widgets`: Move a slider and see what a search finds, what a step teaches, how a run goes; every picture is a plain function's, too."""
 
 __version__ = "0.1.0"
 

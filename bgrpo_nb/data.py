@@ -56,7 +56,7 @@ class Problem(NamedTuple):
     def _repr_html_(self):
         f = to_html(self.expanded)
         if len(f) > 2000: f = f[:max(f.rfind(" + ", 0, 2000), f.rfind(" \N{MINUS SIGN} ", 0, 2000))] + " + …"
-        return f"<i>f</i> = {f}" + f"<br>answer: {to_html(self.answer)}" * bool(self.answer)
+        return f"<i>f</i> = {f}" + (f"<br>answer: {to_html(self.answer)}" if self.answer else "")
 
 # %% ../nbs/01_data.ipynb #f72279b8
 def compose_rows(g: np.ndarray, # (n, p + 1) int, ascending degree

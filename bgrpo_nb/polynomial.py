@@ -261,10 +261,11 @@ def to_latex(text: str) -> str: # without dollar signs
     import sympy
     return sympy.latex(to_sympy(text))
 
-def to_html(text: str) -> str:
-    "Prefix notation in ordinary notation, as HTML; several polynomials stay apart by `&`"
-    if "&" in text: return " &amp; ".join(map(to_html, text.split("&")))
-    ordinary = re.sub(r"([a-z])(\d*)", lambda m: f"<i>{m[1]}</i>" + f"<sub>{m[2]}</sub>" * bool(m[2]), str(to_sympy(text)))
+def to_html(polynomial) -> str: # prefix notation (several polynomials apart by `&`), or a SymPy expression
+    "Ordinary notation as HTML"
+    if isinstance(polynomial, str) and "&" in polynomial: return " &amp; ".join(map(to_html, polynomial.split("&")))
+    written = str(to_sympy(polynomial) if isinstance(polynomial, str) else polynomial)
+    ordinary = re.sub(r"([a-z])(\d*)", lambda m: f"<i>{m[1]}</i>" + f"<sub>{m[2]}</sub>" * bool(m[2]), written)
     return re.sub(r"\*\*(\d+)", r"<sup>\1</sup>", ordinary).replace("*", "\N{THIN SPACE}").replace("-", "\N{MINUS SIGN}")
 
 # %% ../nbs/00_polynomial.ipynb #26fdd67d

@@ -9,6 +9,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import pytest
 
+from browser import browser, page, phone  # noqa: F401  (fixtures)
+
 REPO = Path(__file__).parent.parent
 
 
