@@ -577,13 +577,12 @@ def filter_runs(runs, # `bgrpo_nb.analysis.Runs`
     if kept.empty: raise ValueError(f"no run has {where}")
     return replace(runs, table=kept.reset_index(drop=True), history=runs.history[runs.history.run.isin(kept.run)].reset_index(drop=True))
 
-# %% ../nbs/12_widgets.ipynb #787719c1
+# %% ../nbs/12_widgets.ipynb #aa22b086
 def show_sweep(runs, where: str = "", metric: str = "eval_beam_rank_score", arm: str = "rollout") -> str: # HTML
     "Differences between arms, pairs and parallel coordinates of the runs for which a condition holds"
-    from bgrpo_nb.analysis import conclusion
     kept = filter_runs(runs, where)
     shown = [f"<p>{html.escape(repr(kept))}</p>"]
-    for make in (lambda: "".join(f"<p>{html.escape(line)}</p>" for line in conclusion(kept.differences(metric, arm))),
+    for make in (lambda: "".join(f"<p>{html.escape(line)}</p>" for line in kept.conclusion(metric, arm)),
                  lambda: kept.plot_parallel(metric, arm), lambda: kept.plot_pairs(metric, arm)):
         try: shown.append(as_html(make()))
         except ValueError as e: shown.append(complaint(e))     # what cannot be compared can still be drawn
