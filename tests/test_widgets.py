@@ -178,3 +178,29 @@ def test_jupyterlab_once(browser, tmp_path):
         reads(explorer, "ok")
         type_in(explorer, "h", "x")
         reads(explorer, "trivial")
+
+
+def test_the_group_explorers_step_is_the_trainers(tmp_path):
+    "One step of BGRPOTrainer on one group, and `step_on`: the same weights"
+    import torch
+    from datasets import Dataset
+
+    from bgrpo_nb.beam_filter import answer_tokens
+    from bgrpo_nb.data import Problem, generate_problems
+    from bgrpo_nb.model import load_model, load_tokenizer
+    from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
+    from bgrpo_nb.widgets import _search_group, step_on
+
+    problem = Problem(generate_problems(40, 3, 2, seed=32, canonical=True)[17].expanded, "")
+    tokenizer, model = load_tokenizer("tiny"), load_model("tiny", device="cpu")
+    ours = step_on(model, _search_group(model, tokenizer, problem, 6, "rank"), 2e-5)
+    config = BGRPOConfig(output_dir=str(tmp_path), num_generations=6, prompts_per_step=1, max_steps=1, learning_rate=2e-5, warmup_steps=0, use_cpu=True, disable_tqdm=True,
+                         max_completion_length=min(64, max(16, answer_tokens([problem]))), save_strategy="no")
+    trainer = BGRPOTrainer(model, None, config, Dataset.from_dict({"prompt": [problem.prompt]}), processing_class=tokenizer)
+    trainer.train()
+    before, moved = load_model("tiny", device="cpu").state_dict(), 0.0
+    for name, theirs in trainer.model.state_dict().items():
+        moved = max(moved, (theirs - before[name]).abs().max().item())
+        off = ((theirs - ours.state_dict()[name]).abs() > 2e-6).float().mean().item()
+        assert off < 0.01, f"{name}: {off:.1%} of the weights differ"
+    assert moved > 1e-5
