@@ -491,13 +491,14 @@ def plot_run(rows: Sequence[dict], title: str = "a run"): # a figure
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/12_widgets.ipynb #a65fd3c0
+# %% ../nbs/12_widgets.ipynb #c9b87bfb
 _TRAIN = "import sys; from bgrpo_nb.cli import main; sys.exit(main(['train', *sys.argv[1:]]))"
 
 def start_training(folder, flags: str | Sequence[str] = "", # of `bgrpo train`, as typed
                    ) -> subprocess.Popen:
     "`bgrpo train` in a process of its own, which goes on where a stopped run ended; it writes to FOLDER/log.txt"
     words, folder = shlex.split(flags) if isinstance(flags, str) else list(flags), Path(folder)
+    if folder == Path(): raise ValueError("name a folder for the run, for instance runs/mine")
     folder.mkdir(parents=True, exist_ok=True)
     again = ["--resume"] if checkpoints(folder) and not (folder / "result.json").exists() and not any(w.startswith("--resume") for w in words) else []
     with (folder / "log.txt").open("ab") as log:      # a session of its own: an interrupt of the kernel is not one of the run
