@@ -2,6 +2,7 @@
 
 Modules:
 
+- `bgrpo_nb.analysis`: From finished runs to one table, and from the table to what may be said: which setting is better, by how much, and whether chance would do the same.
 - `bgrpo_nb.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to find.
 - `bgrpo_nb.cli`: `bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | convert`
 - `bgrpo_nb.data`: Make, read, write, filter, mix and split decomposition problems.
@@ -16,7 +17,8 @@ Modules:
 - `bgrpo_nb.sweep_launcher`: Starts, watches and ends the processes of a sweep: Optuna workers, or W&B agents and the trials they ask for.
 - `bgrpo_nb.sweeps`: One sweep file in W&B's schema, two engines: W&B where somebody is logged in, Optuna everywhere else. Nothing planned is lost.
 - `bgrpo_nb.trainer`: TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
-- `bgrpo_nb.trl_batching`: From rows that repeat a prompt to one beam search a prompt; from K full rows back to one forward over their trie."""
+- `bgrpo_nb.trl_batching`: From rows that repeat a prompt to one beam search a prompt; from K full rows back to one forward over their trie.
+- `bgrpo_nb.widgets`: Move a slider and see what a search finds, what a step teaches, how a run goes; every picture is a plain function's, too."""
 
 __version__ = "0.1.0"
 

@@ -40,7 +40,7 @@ import numpy as np
 from flint import Ordering, fmpz_mpoly_ctx
 
 # %% ../nbs/01_data.ipynb #e351e539
-from .polynomial import PrefixError, coefficients, degree, find_variables, format_prefix, parse, to_prefix, verify
+from .polynomial import PrefixError, coefficients, degree, find_variables, format_prefix, parse, to_html, to_prefix, verify
 
 # %% ../nbs/01_data.ipynb #a78a27f0
 class Problem(NamedTuple):
@@ -53,6 +53,10 @@ class Problem(NamedTuple):
     @property
     def line(self) -> str: return f"{self.expanded} ⁇ {self.answer}".rstrip()
     def __repr__(self): return f"Problem({self.line})" if len(self.line) < 100 else f"Problem({self.expanded[:60]} … ⁇ {self.answer})"
+    def _repr_html_(self):
+        f = to_html(self.expanded)
+        if len(f) > 2000: f = f[:max(f.rfind(" + ", 0, 2000), f.rfind(" \N{MINUS SIGN} ", 0, 2000))] + " + …"
+        return f"<i>f</i> = {f}" + (f"<br>answer: {to_html(self.answer)}" if self.answer else "")
 
 # %% ../nbs/01_data.ipynb #f72279b8
 def compose_rows(g: np.ndarray, # (n, p + 1) int, ascending degree

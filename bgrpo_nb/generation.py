@@ -70,6 +70,23 @@ class Beams(NamedTuple):
     scores: Tensor    # (B, K) float32, nats: summed log-probability; -inf marks a place that no sequence fills
     lengths: Tensor   # (B, K) long: tokens of each completion, the end token included
 
+    def _table(self, prompts=4, places=8): # rows (prompt, place, score, length, ids), and how many there are in all
+        there = [(b, k) for b, k in (self.scores > -torch.inf).nonzero().tolist()]
+        shown = [(b, k) for b, k in there if b < prompts and k < places]
+        return [(b, k + 1, f"{self.scores[b, k]:.3f}", (n := int(self.lengths[b, k])), " ".join(map(str, self.sequences[b, k, :n].tolist()))) for b, k in shown], len(there)
+
+    def __repr__(self):
+        rows, n = self._table()
+        lines = [f"Beams: {len(self.scores)} prompt(s), {n} sequences of up to {self.sequences.shape[2]} tokens"]
+        lines += [f"  prompt {b}, place {k:>2}  {score:>9} nats  {length:>3} tokens  {ids}" for b, k, score, length, ids in rows]
+        return "\n".join(lines + [f"  ... and {n - len(rows)} more"] * (n > len(rows)))
+
+    def _repr_html_(self):
+        rows, n = self._table()
+        body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
+        more = f"<p>... and {n - len(rows)} more</p>" * (n > len(rows))
+        return f"<table><tr><th>prompt</th><th>place</th><th>score (nats)</th><th>tokens</th><th>ids</th></tr>{body}</table>{more}"
+
 # %% ../nbs/03_generation.ipynb #7d072440
 class _TreeLayer(DynamicLayer):
     "Keys and values of one layer, (B, H_kv, P + nodes, D), in a buffer with room for more"

@@ -16,6 +16,7 @@ UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "generation": {"trl", "bgrpo_nb.polynomial", "bgrpo_nb.data"},
     "sft": {"trl"},
     "rewards": {"torch", "transformers", "trl", "bgrpo_nb.model", "bgrpo_nb.generation"},
+    "widgets": {"trl", "bgrpo_nb.trainer", "bgrpo_nb.sweeps"},
     "beam_filter": {"trl"},
     "evaluation": {"trl"},
     "trl_batching": {"bgrpo_nb.polynomial", "bgrpo_nb.data", "bgrpo_nb.rewards"},
@@ -56,6 +57,7 @@ def test_a_floor_names_nothing_it_must_not_know(module):
 
 
 @pytest.mark.parametrize("module,absent", [
+    ("bgrpo_nb.widgets", ("trl", "optuna")), ("bgrpo_nb.evaluation", ("ipywidgets",)), ("bgrpo_nb.cli", ("ipywidgets",)),
     ("bgrpo_nb", ("torch", "transformers", "trl")), ("bgrpo_nb.polynomial", ("torch", "transformers", "trl", "sympy")),
     ("bgrpo_nb.data", ("torch", "transformers", "trl")), ("bgrpo_nb.generation", ("trl",)),
     ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.sweep_launcher", ("torch", "transformers", "trl", "wandb")), ("bgrpo_nb.evaluation", ("trl",)), ("bgrpo_nb.cli", ("torch", "transformers", "trl")),
