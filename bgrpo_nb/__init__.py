@@ -2,7 +2,6 @@
 
 Modules:
 
-- `bgrpo_nb.analysis`: From finished runs to one table, and from the table to what may be said: which setting is better, by how much, and whether chance would do the same.
 - `bgrpo_nb.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to find.
 - `bgrpo_nb.cli`: `bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | convert`
 - `bgrpo_nb.data`: Make, read, write, filter, mix and split decomposition problems.
