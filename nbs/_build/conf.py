@@ -31,7 +31,12 @@ html_theme_options = {"navigation_with_keys": True}
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
-DIAGRAMS = "mermaid.initialize({startOnLoad: true, theme: 'neutral'});"
+# Drawn once the page is there: the script is as large as all else together
+DIAGRAMS = """addEventListener("load", () => {
+  const script = Object.assign(document.createElement("script"), {src: "%s"});
+  script.onload = () => { mermaid.initialize({startOnLoad: false, theme: "neutral"}); mermaid.run(); };
+  document.head.append(script);
+});"""
 # Widgets call MathJax 2; the page's MathJax 3 has drawn its formulas without being asked
 WIDGETS = """{ let mathjax; Object.defineProperty(window, "MathJax", {get: () => mathjax, set: m => { mathjax = m; m.Hub = {Queue() {}}; }}); }"""
 
@@ -39,9 +44,7 @@ WIDGETS = """{ let mathjax; Object.defineProperty(window, "MathJax", {get: () =>
 def scripts(app, pagename, templatename, context, doctree):
     "What only some pages need"
     body = context.get("body", "")
-    if 'class="mermaid"' in body:
-        app.add_js_file("mermaid.js", priority=100)
-        app.add_js_file(None, body=DIAGRAMS, priority=101)
+    if 'class="mermaid"' in body: app.add_js_file(None, body=DIAGRAMS % context["pathto"]("_static/mermaid.js", 1))
     if "jupyter.widget-view" in body: app.add_js_file(None, body=WIDGETS, priority=100)
 
 
