@@ -19,7 +19,7 @@ import time
 import torch
 from _record import peak_gib, record
 
-PRESETS, BEAMS, LENGTHS, C = ("tiny", "small", "paper"), (10, 25), (60, 240), 24
+PRESETS, BEAMS, LENGTHS, C = ("tiny", "small", "paper"), (25, 10), (240, 60), 24
 
 
 def one_case(preset, K, P, prompts, steps):
@@ -61,13 +61,15 @@ def main():
     a = p.parse_args()
     if a.case: return one_case(a.case[0], int(a.case[1]), int(a.case[2]), a.prompts, a.steps)
     rows, load = [], os.getloadavg()[0]
-    for case in itertools.product(PRESETS, BEAMS, LENGTHS):
+    note = "the machine had other work: CPU seconds count, wall seconds are too high" if a.shared else "the machine had nothing else to do"
+    for P, K, preset in itertools.product(LENGTHS, BEAMS, PRESETS):
+        case = preset, K, P
         done = subprocess.run([sys.executable, __file__, "--case", *map(str, case), "--prompts", str(a.prompts), "--steps", str(a.steps)], capture_output=True, text=True)
         if done.returncode: raise SystemExit(done.stderr)
         rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(rows[-1], flush=True)
-    note = "the machine had other work: CPU seconds count, wall seconds are too high" if a.shared else "the machine had nothing else to do"
-    record("presets", dict(note=note, load_before=round(load, 1), prompts_per_step=a.prompts, completion_tokens=C, steps=a.steps, threads=torch.get_num_threads(), rows=rows))
+        record("presets", dict(note=note, load_before=round(load, 1), prompts_per_step=a.prompts, completion_tokens=C, steps=a.steps, threads=torch.get_num_threads(),
+                               rows=rows))  # after each, so that a run that is stopped has recorded what it measured
 
 
 if __name__ == "__main__": main()
