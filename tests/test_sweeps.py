@@ -322,7 +322,7 @@ PARAMETERS = dict(x=dict(values=[1, 2]))
     (dict(method="bayes", metric=None, program=None), "bayes needs a metric"), (dict(metric=None), "metric of your program"), (dict(metric="score"), "needs a name"),
     (dict(metric=dict(name="score")), "would take minimize"), (dict(metric=dict(name="score", goal="best")), "maximize, minimize"),
     (dict(metric=dict(name="score", goal="maximize", target=1)), "target"), (dict(parameters=None), "`parameters:` is missing"),
-    (dict(parameters=dict(x=dict(distribution="log_uniform", min=1e-5, max=2e-4))), "exp(1e-05) = 1; use log_uniform_values"),
+    (dict(parameters=dict(x=dict(distribution="log_uniform", min=1e-5, max=2e-4))), "exp(1e-05) = 1.00001; use log_uniform_values"),
     (dict(parameters=dict(x=dict(distribution="log_uniform_values", min=-11, max=-8))), "for exponents use log_uniform"),
     (dict(parameters=dict(x=dict(distribution="normal", mu=0, sigma=1))), "`mu` is not known"), (dict(parameters=dict(x=dict(distribution="normal"))), "normal is not known"),
     (dict(parameters=dict(x=dict(distribution="int_uniform", min=1, max=2.5))), "use uniform"), (dict(parameters=dict(x=dict(min=3, max=3))), "must be below"),
