@@ -48,7 +48,8 @@ def describe(sweep, points):
     for name, d in sweep.swept.items(): yield f"  {name}: {_in_words(d)}"
     if sweep.fixed: yield "  the same in all: " + ", ".join(f"{k}={v}" for k, v in sweep.fixed.items())
     yield f"  {sweep.goal} {sweep.metric}" + (", hyperband ends what lags behind" if sweep.early_terminate else "")
-    if sweep.method == "grid" and (full := math.prod(len(axis(d)) for d in sweep.swept.values()) * max(1, len(sweep.seeds))) > len(points): yield f"  run_cap: the first {len(points)} of {full} points"
+    full = math.prod(len(axis(d)) for d in sweep.swept.values()) * max(1, len(sweep.seeds)) if sweep.method == "grid" else 0
+    if full > len(points): yield f"  run_cap: the first {len(points)} of {full} points"
     for note in sweep.notes: yield f"  note: {note}"
 
 
@@ -64,7 +65,8 @@ def table(sweep, study, total):
     by = {s: [t for t in trials if t.state == s] for s in TrialState}
     done, running = by[TrialState.COMPLETE], by[TrialState.RUNNING]
     ended = done + by[TrialState.PRUNED]
-    counts = f"{len(ended)} of {total} done" + "".join(f", {len(by[s])} {name}" for s, name in ((TrialState.RUNNING, "running"), (TrialState.FAIL, "failed"), (TrialState.PRUNED, "pruned")) if by[s])
+    others = ((TrialState.RUNNING, "running"), (TrialState.FAIL, "failed"), (TrialState.PRUNED, "pruned"))
+    counts = f"{len(ended)} of {total} done" + "".join(f", {len(by[s])} {name}" for s, name in others if by[s])
     if ended and running and (left := total - len(ended)) > 0:
         counts += f", about {_time(statistics.mean(t.duration.total_seconds() for t in ended) * left / len(running))} left"
     lines = [counts]
@@ -227,7 +229,8 @@ def wandb_config(sweep: Sweep):
         if isinstance(d, IntDistribution): return dict(distribution="int_uniform", min=d.low, max=d.high)
         if d.step: return dict(distribution="q_uniform", min=d.low, max=d.high, q=d.step)
         return dict(distribution="log_uniform_values" if d.log else "uniform", min=d.low, max=d.high)
-    if len(sweep.seeds) > 1 and sweep.method != "grid": raise SweepError(f"W&B would draw the seed like any parameter in a {sweep.method} search; use --engine optuna, method: grid, or one seed")
+    if len(sweep.seeds) > 1 and sweep.method != "grid":
+        raise SweepError(f"W&B would draw the seed like any parameter in a {sweep.method} search; use --engine optuna, method: grid, or one seed")
     seeds = {} if not sweep.seeds else dict(seed=dict(values=list(sweep.seeds)))
     trial = json.dumps(dict(command=sweep.command, swept=list(sweep.swept), metric=sweep.metric, goal=sweep.goal))
     return {**sweep.about, "name": sweep.name, "method": sweep.method, "metric": dict(name=sweep.metric, goal=sweep.goal), **({"run_cap": sweep.run_cap} if sweep.run_cap else {}),
@@ -250,7 +253,8 @@ def run_wandb(sweep, file, folder, agents=1, entity=None, project=None, join=Non
         write_json(folder / "wandb.json", dict(path=path))
         common = os.environ | {FOLDER: str(folder), "WANDB_DIR": str(folder), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         with Stop() as stop:
-            crew = [start([sys.executable, "-m", "wandb", "agent", path], folder / "agents" / f"{i}.txt", common | share, signal.SIGTERM) for i, share in enumerate(shares(agents, gpus, threads))]
+            crew = [start([sys.executable, "-m", "wandb", "agent", path], folder / "agents" / f"{i}.txt", common | share, signal.SIGTERM)
+                    for i, share in enumerate(shares(agents, gpus, threads))]
             looked = 0
             while any(p.poll() is None for p in crew) and not stop():
                 if time.monotonic() - looked > 10: show(_wandb_table(wandb, path)); looked = time.monotonic()

@@ -193,7 +193,7 @@ def _range(kind, spec, wrong) -> BaseDistribution:
         if int(low) != low or int(high) != high: wrong(f"int_uniform needs whole bounds, not {low} and {high}; use uniform")
         return IntDistribution(int(low), int(high))
     if kind == "log_uniform":
-        if 0 < low and high < 1: wrong(f"log_uniform takes exponents: {low} would mean exp({low}) = {math.exp(low):.5g}; use log_uniform_values")
+        if 0 < low and high < 1: wrong(f"log_uniform takes exponents: {low} would mean exp({low}) = {math.exp(low):.7g}; use log_uniform_values")
         return FloatDistribution(math.exp(low), math.exp(high), log=True)
     if kind == "log_uniform_values":
         if low <= 0: wrong(f"log_uniform_values takes the values themselves, above 0, not {low}; for exponents use log_uniform")
@@ -273,7 +273,8 @@ def _read_metric(content, notes) -> tuple[str, str]: # key, goal
         if content.get("program") or content.get("command"): raise SweepError(f"the metric of your program is missing; {how}")
         notes.append("metric: eval_beam_rank_score, to maximize, where the file names none")
         return "eval_beam_rank_score", "maximize"
-    if not isinstance(metric, dict) or not isinstance(metric.get("name"), str): raise SweepError("metric needs a name, as in metric: {name: eval_beam_rank_score, goal: maximize}")
+    if not isinstance(metric, dict) or not isinstance(metric.get("name"), str):
+        raise SweepError("metric needs a name, as in metric: {name: eval_beam_rank_score, goal: maximize}")
     for key in metric:
         if key not in ("name", "goal", "target"): raise SweepError(f"metric: `{key}` is not known, {_near(key, ('name', 'goal'))}")
     if "target" in metric: raise SweepError("metric: `target` ends a sweep early, and its arms with it; leave it out")
@@ -287,7 +288,7 @@ def _read_command(content) -> list[str]: # words, `${args}` for the flags
     command = [str(w) for w in command]
     if not set(ARGS) & set(command): raise SweepError('command has no "${args}", so no parameter would reach the program; add it as a word')
     if "${program}" in command and not program: raise SweepError("command names ${program}, but `program:` is missing; add it")
-    if program and not Path(str(program)).is_file(): raise SweepError(f"there is no program {program} (seen from {'the folder you are in'}); name a file")
+    if program and not Path(str(program)).is_file(): raise SweepError(f"there is no program {program}, seen from the folder you are in; name a file")
     command = [str(program) if w == "${program}" else w for w in command]
     for w in command:
         if re.fullmatch(r"\$\{[a-z_]+\}", w) and w not in (*ARGS, "${env}", "${interpreter}"): raise SweepError(f"command: {w} is not known, {_near(w, ARGS)}")
@@ -298,7 +299,8 @@ def _take_seeds(parameters, seeds) -> tuple[int, ...]: # out of the parameters
     found = parameters.pop("seed", None)
     if seeds is None and found is not None:
         seeds = found.choices if isinstance(found, CategoricalDistribution) else (found,)
-        if isinstance(found, (IntDistribution, FloatDistribution)): raise SweepError("seed: a range would be drawn from; name the seeds, as in seed: {values: [0, 1, 2]}")
+        if isinstance(found, (IntDistribution, FloatDistribution)):
+            raise SweepError("seed: a range would be drawn from; name the seeds, as in seed: {values: [0, 1, 2]}")
     for s in seeds or ():
         if isinstance(s, bool) or not isinstance(s, int) or s < 0: raise SweepError(f"seed {s!r} is no seed; use whole numbers from 0")
     return tuple(seeds or ())
@@ -310,11 +312,13 @@ def _check(sweep: Sweep, content):
     if sweep.method == "grid":
         for name, d in sweep.swept.items():
             if isinstance(d, FloatDistribution) and d.step is None:
-                raise SweepError(f"parameter {name}: a grid cannot hold every fraction from {d.low:g} to {d.high:g}; list values, add q, or use method: random")
+                raise SweepError(f"parameter {name}: a grid cannot hold every fraction from {d.low:g} to {d.high:g}; "
+                                 "list values, add q, or use method: random")
     else:
         if not sweep.swept: raise SweepError(f"{sweep.method} has nothing to choose; give a parameter several values, or use method: grid")
         if sweep.run_cap is None: raise SweepError(f"{sweep.method} never ends by itself; add run_cap: with the number of trials, or give --run_cap")
-        if sweep.run_cap < len(sweep.seeds): raise SweepError(f"run_cap {sweep.run_cap} is less than one configuration with {len(sweep.seeds)} seeds; raise it")
+        if sweep.run_cap < len(sweep.seeds):
+            raise SweepError(f"run_cap {sweep.run_cap} is less than one configuration with {len(sweep.seeds)} seeds; raise it")
     if sweep.early_terminate is not None: hyperband(sweep.early_terminate)
 
 # %% ../nbs/10_sweeps.ipynb #056eb52d
@@ -326,7 +330,8 @@ def hyperband(spec: dict) -> optuna.pruners.HyperbandPruner: # an iteration is o
     for key, value in spec.items():
         if key == "strict": wrong("strict has no counterpart in Optuna; leave it out")
         if key not in known: wrong(f"`{key}` is not known, {_near(key, known)}")
-        if key != "type" and (isinstance(value, bool) or not isinstance(value, int) or value < 1): wrong(f"{key}: {value} is no number of iterations; use 1 or more")
+        if key != "type" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            wrong(f"{key}: {value} is no number of iterations; use 1 or more")
     low, high, s, eta = spec.get("min_iter"), spec.get("max_iter"), spec.get("s"), spec.get("eta", 3)
     if eta < 2: wrong("eta must be 2 or more: one in eta goes on")
     if low is None and (high is None or s is None): wrong("give min_iter, or max_iter with s, as in {type: hyperband, min_iter: 3}")
@@ -383,7 +388,8 @@ def open_storage(folder,                # the sweep's
         address = re.sub(r"^postgres(ql)?(\+\w+)?:", "postgresql+psycopg:", where)
         try: return optuna.storages.RDBStorage(address, engine_kwargs=dict(pool_pre_ping=True))
         except ImportError: raise SweepError("PostgreSQL needs psycopg; install it with: pip install 'bgrpo_nb[postgres]'") from None
-        except Exception as e: raise SweepError(f"the PostgreSQL of --storage does not answer ({last_line(e)}); check host, port, name and password") from None
+        except Exception as e:
+            raise SweepError(f"the PostgreSQL of --storage does not answer ({last_line(e)}); check host, port, name and password") from None
     if where.startswith("sqlite"): raise SweepError("SQLite gives one trial to two workers; leave out --storage for a journal file, or name a PostgreSQL")
     if "://" in where: raise SweepError(f"--storage {where.split(':')[0]} is not known; give a path for a journal, or postgresql://user@host/name")
     path = Path(where).resolve()
@@ -404,13 +410,17 @@ def last_line(error) -> str: return next((line.strip() for line in str(error).sp
 def open_study(sweep: Sweep, folder, where=None, seed: int = 0, resume: bool = False) -> optuna.Study:
     "Make the study, or with `resume` go on with it, and put into its queue what was planned and is not there"
     storage = open_storage(folder, where)
-    account = dict(seed=seed, seeds=list(sweep.seeds), run_cap=sweep.run_cap, metric=sweep.metric, plan=json.loads(json.dumps([*plan(sweep, seed)])), fixed=sweep.fixed, command=sweep.command)
+    account = dict(seed=seed, seeds=list(sweep.seeds), run_cap=sweep.run_cap, metric=sweep.metric, fixed=sweep.fixed, command=sweep.command,
+                   plan=json.loads(json.dumps(plan(sweep, seed))))
     exists = sweep.name in optuna.get_all_study_names(storage)
-    if exists and not resume: raise SweepError(f"there is a sweep {sweep.name} already; add --resume to go on with it or to help it, or choose another --output_dir or --name")
+    if exists and not resume:
+        raise SweepError(f"there is a sweep {sweep.name} already; add --resume to go on with it or to help it, or choose another --output_dir or --name")
     if resume and not exists: raise SweepError(f"there is no sweep {sweep.name} to resume; leave out --resume to start it")
-    study = optuna.create_study(study_name=sweep.name, storage=storage, direction=sweep.direction, load_if_exists=resume, sampler=optuna.samplers.RandomSampler(seed=seed),
+    study = optuna.create_study(study_name=sweep.name, storage=storage, direction=sweep.direction, load_if_exists=resume,
+                                sampler=optuna.samplers.RandomSampler(seed=seed),
                                 pruner=hyperband(sweep.early_terminate) if sweep.early_terminate else optuna.pruners.NopPruner())
-    if study.user_attrs.setdefault("account", account) != account: raise SweepError("the plan is not the one this sweep began with; bring the file, --seeds, --seed and --run_cap back, or choose another --output_dir")
+    if study.user_attrs.get("account", account) != account:
+        raise SweepError("the plan is not the one this sweep began with; bring the file, --seeds, --seed and --run_cap back, or choose another --output_dir")
     study.set_user_attr("account", account)
     there = {t.user_attrs.get("planned") for t in study.get_trials(deepcopy=False)}
     for p in plan(sweep, seed):
@@ -426,7 +436,8 @@ def claim(study: optuna.Study, sweep: Sweep) -> optuna.Trial | None: # None: the
         _tell(study, trial, TrialState.FAIL)
     else: return None
     a, seeds = trial.user_attrs, sweep.seeds or (None,)
-    study.sampler = optuna.samplers.TPESampler(seed=1000 * study.user_attrs["account"]["seed"] + a["planned"], multivariate=False) # asked for bayes alone
+    begin = 1000 * study.user_attrs["account"]["seed"] + a["planned"] # the same for whoever claims it
+    study.sampler = optuna.samplers.TPESampler(seed=begin, multivariate=False) # chooses what the plan left open: bayes alone
     for name, d in sweep.swept.items(): _suggest(trial, name, d)
     if sweep.method == "bayes" and a["planned"] % len(seeds) == 0:
         for i, s in enumerate(seeds[1:], a["planned"] + 1): _enqueue(study, trial.params, planned=i, attempt=0, seed=s)
@@ -448,7 +459,8 @@ def _suggest(trial, name, d):
     return (trial.suggest_int if isinstance(d, IntDistribution) else trial.suggest_float)(name, d.low, d.high, step=d.step, log=d.log)
 
 def _enqueue(study, parameters, **attrs): # once
-    if not any(_key(t) == (attrs["planned"], attrs["attempt"]) for t in study.get_trials(deepcopy=False)): study.enqueue_trial(parameters, user_attrs=attrs)
+    if not any(_key(t) == (attrs["planned"], attrs["attempt"]) for t in study.get_trials(deepcopy=False)):
+        study.enqueue_trial(parameters, user_attrs=attrs)
 
 # %% ../nbs/10_sweeps.ipynb #74753919
 RETRIES, LEASE, SIGN = 2, 300, 30   # times; seconds without a sign of life; seconds between signs
@@ -456,7 +468,7 @@ RETRIES, LEASE, SIGN = 2, 300, 30   # times; seconds without a sign of life; sec
 def is_lost(trial) -> bool: # a trial that runs, by the storage
     "Whether the worker that claimed it is gone"
     a = trial.user_attrs
-    if "seen" not in a: return trial.datetime_start is not None and time.time() - trial.datetime_start.timestamp() > SIGN  # died between claiming and signing
+    if "seen" not in a: return time.time() - trial.datetime_start.timestamp() > SIGN  # it died between claiming and signing
     if a["host"] == socket.gethostname(): return not is_alive(a["pid"], a["started"])
     return time.time() - a["seen"] > LEASE
 
@@ -494,7 +506,8 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, folder, as
     a, values, signed = trial.user_attrs, [], [time.time()]
     where = (Path(folder) / a["folder"]).resolve()
     where.mkdir(parents=True, exist_ok=True)
-    write_json(where / "config.json", dict(planned=a["planned"], attempt=a["attempt"], parameters=trial.params, seed=a["seed"], fixed=sweep.fixed, metric=sweep.metric, goal=sweep.goal))
+    write_json(where / "config.json", dict(planned=a["planned"], attempt=a["attempt"], parameters=trial.params, seed=a["seed"],
+                                           fixed=sweep.fixed, metric=sweep.metric, goal=sweep.goal))
     flags = sweep.fixed | trial.params | dict(seed=a["seed"], output_dir=str(where))
     if sweep.command == TRAIN and _carry_on(folder, a, where): flags["resume"] = True
     def each(row):
@@ -512,7 +525,8 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, folder, as
     if state == "failed": _fail(where, reason, status)
     if state == "pruned": write_json(where / "pruned.json", dict(iterations=len(values), value=values[-1]))
     if why == "stopped" or (status is not None and status < 0 and not why): give_back(study, trial, counted=why != "stopped")
-    _tell(study, trial, {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[state], values[-1] if state == "finished" else None)
+    told = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[state]
+    _tell(study, trial, told, values[-1] if state == "finished" else None)
     return state
 
 def _carry_on(folder, a, where) -> bool: # whether there is something to go on from

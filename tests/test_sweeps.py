@@ -30,7 +30,7 @@ slow = (folder.parents[1] / "slow").exists() or "retry" in folder.name
 with open(folder / "metrics.jsonl", "w", buffering=1) as file:
     for step in range(1, 10):
         print(json.dumps(dict(step=step, score=round(x * step + y + int(flags.get("seed", 0)) / 10, 6))), file=file)
-        time.sleep(float(flags.get("pause", 0)) * (5 if slow else 1))
+        time.sleep(float(flags.get("pause", 0)) * (15 if slow else 1))
 (folder / "result.json").write_text(json.dumps(dict(step=9, seconds=0.1, seed=flags.get("seed"), commit="c", date="2026-01-01")))
 """
 GRID = """
@@ -47,7 +47,7 @@ parameters:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    "A folder with a toy program that takes a tenth of a second, five times that where it is tried again"
+    "A folder with a toy program that takes a tenth of a second, and longer where it is tried again"
     (tmp_path / "toy.py").write_text(TOY)
     (tmp_path / "grid.yaml").write_text(GRID)
     monkeypatch.chdir(tmp_path)
@@ -64,7 +64,7 @@ def launch(*words, wait=True, **env):
     return process.returncode, said
 
 
-def trials(folder, name="grid", storage=None): return optuna.load_study(study_name=name, storage=open_storage(folder, storage)).get_trials(deepcopy=False)
+def trials(folder, name="grid", study=None): return (study or optuna.load_study(study_name=name, storage=open_storage(folder))).get_trials(deepcopy=False)
 def settled(found): return {t.user_attrs["planned"] for t in found if t.state == TrialState.COMPLETE}
 def running(found): return [t for t in found if t.state == TrialState.RUNNING and "pid" in t.user_attrs and "seen" in t.user_attrs]
 
@@ -77,9 +77,9 @@ def orphans(folder):
     return [p for p in psutil.process_iter() if mark(p).startswith(str(folder)) and p.status() != psutil.STATUS_ZOMBIE]
 
 
-def kill_one(folder, storage=None):
+def kill_one(folder, study=None):
     "Kill a worker while its trial has no result yet; whether there was one"
-    for t in running(trials(folder, storage=storage)):
+    for t in running(trials(folder, study=study)):
         os.kill(t.user_attrs["pid"], signal.SIGSTOP)
         if (where := folder / t.user_attrs["folder"]).is_dir() and not (where / "result.json").exists(): return os.kill(t.user_attrs["pid"], signal.SIGKILL) or True
         os.kill(t.user_attrs["pid"], signal.SIGCONT)
@@ -123,17 +123,19 @@ def test_killed_workers_lose_nothing(place, repetition):
     "Three workers, 36 points: one killed mid-trial, the one that runs the last trial too; every other time the launcher besides"
     folder = place / "out"
     process = launch("grid.yaml", "--workers", 3, "--output_dir", folder, wait=False)
-    until(lambda: process.poll() is not None or (folder / "journal.log").exists() and len(settled(started(folder)() or [])) >= 4 + repetition)
-    until(lambda: kill_one(folder))
+    until(lambda: started(folder)())
+    study = optuna.load_study(study_name="grid", storage=open_storage(folder))
+    def now(): return study.get_trials(deepcopy=False)
+    until(lambda: len(settled(now())) >= 4 + repetition)
+    until(lambda: kill_one(folder, study))
     if repetition % 2:
-        until(lambda: len(settled(trials(folder))) >= 12)
+        until(lambda: len(settled(now())) >= 12)
         process.kill()
         process.communicate()
         until(lambda: not orphans(folder), 60)
-        left = settled(trials(folder))
-        assert 12 <= len(left) < 36
+        assert 12 <= len(settled(now())) < 36
         process = launch("grid.yaml", "--workers", 3, "--output_dir", folder, "--resume", wait=False)
-    until(lambda: len(settled(found := trials(folder))) > 30 and not [t for t in found if t.state == TrialState.WAITING] and kill_one(folder))
+    until(lambda: len(settled(found := now())) > 30 and not [t for t in found if t.state == TrialState.WAITING] and kill_one(folder, study))
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     found = trials(folder)
@@ -322,7 +324,7 @@ PARAMETERS = dict(x=dict(values=[1, 2]))
     (dict(method="bayes", metric=None, program=None), "bayes needs a metric"), (dict(metric=None), "metric of your program"), (dict(metric="score"), "needs a name"),
     (dict(metric=dict(name="score")), "would take minimize"), (dict(metric=dict(name="score", goal="best")), "maximize, minimize"),
     (dict(metric=dict(name="score", goal="maximize", target=1)), "target"), (dict(parameters=None), "`parameters:` is missing"),
-    (dict(parameters=dict(x=dict(distribution="log_uniform", min=1e-5, max=2e-4))), "exp(1e-05) = 1; use log_uniform_values"),
+    (dict(parameters=dict(x=dict(distribution="log_uniform", min=1e-5, max=2e-4))), "exp(1e-05) = 1.00001; use log_uniform_values"),
     (dict(parameters=dict(x=dict(distribution="log_uniform_values", min=-11, max=-8))), "for exponents use log_uniform"),
     (dict(parameters=dict(x=dict(distribution="normal", mu=0, sigma=1))), "`mu` is not known"), (dict(parameters=dict(x=dict(distribution="normal"))), "normal is not known"),
     (dict(parameters=dict(x=dict(distribution="int_uniform", min=1, max=2.5))), "use uniform"), (dict(parameters=dict(x=dict(min=3, max=3))), "must be below"),
@@ -435,14 +437,18 @@ def postgres():
 def test_two_machines_share_a_sweep_through_postgresql(place, postgres):
     "Two launchers with folders of their own, three workers, one killed mid-trial: every point once"
     here, there = place / "here", place / "there"
+    for folder in (here, there): folder.mkdir(), (folder / "slow").touch()
+    storage = open_storage(here, postgres)
     first = launch("grid.yaml", "--workers", 2, "--output_dir", here, "--storage", postgres, wait=False)
-    until(lambda: "grid" in optuna.get_all_study_names(open_storage(here, postgres)) and len(settled(trials(here, storage=postgres))) >= 2)
+    until(lambda: "grid" in optuna.get_all_study_names(storage))
+    study = optuna.load_study(study_name="grid", storage=storage)
+    until(lambda: len(settled(study.get_trials(deepcopy=False))) >= 2)
     second = launch("grid.yaml", "--workers", 1, "--output_dir", there, "--storage", postgres, "--resume", wait=False)
-    until(lambda: kill_one(here, postgres))
+    until(lambda: kill_one(here, study))
     for process in (first, second):
         said, _ = process.communicate(timeout=200)
         assert process.returncode == 0, said
-    done = [t for t in trials(here, storage=postgres) if t.state == TrialState.COMPLETE]
+    done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     assert sorted(t.user_attrs["planned"] for t in done) == list(range(36))
     results = [p.parent.name[:4] for folder in (here, there) for p in folder.glob("trials/*/result.json")]
     assert len(results) == len(set(results)) == 36 and list(there.glob("trials/*/result.json")) and not orphans(place)
