@@ -172,8 +172,12 @@ def test_jupyterlab_once(browser, tmp_path):
                 path="/api") as address, open_page(browser) as page:
         page.set_default_timeout(SECONDS * 1000)
         page.goto(f"{address}/lab/tree/try.ipynb")
-        page.locator(".jp-CodeCell .cm-content").first.click()
-        page.keyboard.press("Shift+Enter")
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()            # the kernel is there
+        prompt, end = page.locator(".jp-CodeCell .jp-InputPrompt").first, time.monotonic() + SECONDS
+        while not re.search(r"[*\d]", prompt.inner_text()) and time.monotonic() < end:          # a page that is still being laid out loses a key
+            page.locator(".jp-CodeCell .cm-content").first.click()
+            page.keyboard.press("Shift+Enter")
+            page.wait_for_timeout(2000)
         explorer = page.locator(".bgrpo-explain")
         reads(explorer, "ok")
         type_in(explorer, "h", "x")
