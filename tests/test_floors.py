@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bgrpo_nb"
 FLOORS = ["polynomial", "data", "model", "generation", "runs", "sft", "rewards", "beam_filter", "evaluation", "trl_batching", "trainer",
-          "sweeps", "analysis", "widgets", "cli"]
+          "sweeps", "run_sources", "run_figures", "run_report", "analysis", "widgets", "cli"]
 UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "polynomial": {"torch", "transformers", "trl"},
     "data": {"torch", "transformers", "trl"},
@@ -18,6 +18,7 @@ UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "rewards": {"torch", "transformers", "trl", "bgrpo_nb.model", "bgrpo_nb.generation"},
     "beam_filter": {"trl"},
     "evaluation": {"trl"},
+    **dict.fromkeys(("run_sources", "run_figures", "run_report", "analysis"), {"trl", "bgrpo_nb.trainer", "bgrpo_nb.sweeps"}),
     "trl_batching": {"bgrpo_nb.polynomial", "bgrpo_nb.data", "bgrpo_nb.rewards"},
 }
 MODULES = [m for m in FLOORS if (PACKAGE / f"{m}.py").exists()]
@@ -58,7 +59,7 @@ def test_a_floor_names_nothing_it_must_not_know(module):
 @pytest.mark.parametrize("module,absent", [
     ("bgrpo_nb", ("torch", "transformers", "trl")), ("bgrpo_nb.polynomial", ("torch", "transformers", "trl", "sympy")),
     ("bgrpo_nb.data", ("torch", "transformers", "trl")), ("bgrpo_nb.generation", ("trl",)),
-    ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.evaluation", ("trl",)), ("bgrpo_nb.cli", ("torch", "transformers", "trl")),
+    ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.evaluation", ("trl",)), ("bgrpo_nb.analysis", ("trl", "optuna", "wandb")), ("bgrpo_nb.cli", ("torch", "transformers", "trl")),
 ])
 def test_importing_loads_no_more_than_it_says(module, absent):
     code = f"import sys, {module}; print(sorted(set({absent!r}) & set(sys.modules)))"
