@@ -58,7 +58,7 @@ from .run_figures import ARM, Figures, shown
 from .run_report import write_report
 from .run_sources import METRIC, Run, collect, mend
 
-# %% ../nbs/11_analysis.ipynb #bb93b3c2
+# %% ../nbs/11_analysis.ipynb #dfcbbac4
 @dataclass
 class Runs(Figures):
     "Runs of one or several sources; every figure and every test looks at `table` alone"
@@ -77,7 +77,7 @@ class Runs(Figures):
         if unknown := sorted(set(equals) - set(self.table)): raise ValueError(f"there is no column {', '.join(unknown)}; there are: {', '.join(self.table)}")
         keep = np.logical_and.reduce([self.table[k].isin(v if isinstance(v, (list, tuple, set)) else [v]) for k, v in equals.items()] or [np.ones(len(self), bool)])
         table = self.table[keep].reset_index(drop=True)
-        return replace(self, table=table, history=self.history[self.history.run.isin(table.run)].reset_index(drop=True))
+        return replace(self, table=table, history=self.history[self.history.run.isin(table.run)].reset_index(drop=True), account=self.account | {"parameters": {}})
 
     def finished(self, metric: str = METRIC) -> pd.DataFrame:
         "Finished runs that have a finite value of the metric; ValueError where there is none"
@@ -237,7 +237,7 @@ def _p_value(samples: tuple, seed: int) -> float:
     return float(stats.permutation_test(samples, statistic, permutation_type="samples" if len(samples) == 1 else "independent", vectorized=True, n_resamples=9999,
                                         rng=np.random.default_rng(seed)).pvalue)
 
-# %% ../nbs/11_analysis.ipynb #c714b0a4
+# %% ../nbs/11_analysis.ipynb #e60e0ff1
 @patch
 def arms(self: Runs, arm: str = ARM, baseline=None, metric: str = METRIC) -> tuple[list, object]: # treatments, baseline
     "The values of an arm among the finished runs; ValueError where there is nothing to compare"
@@ -264,7 +264,7 @@ def pairs(self: Runs, metric: str = METRIC, arm: str = ARM, baseline=None, treat
     if found.empty:
         seeds = [sorted(done[done[arm] == v].seed.dropna().unique().tolist()) for v in (treatment, baseline)]
         why = f"seeds {seeds[0]} of {treatment} and {seeds[1]} of {baseline} have none in common" if not set(seeds[0]) & set(seeds[1]) else f"no two runs agree in {', '.join(key)}"
-        raise ValueError(f"{treatment} and {baseline} do not pair: {why}; run both arms with the same settings and seeds, or compare them unpaired (--unpaired)")
+        raise ValueError(f"{treatment} and {baseline} do not pair: {why}; run both arms with the same settings and seeds, or compare them unpaired: difference(unit='runs')")
     found.columns.name = None
     return found.assign(difference=found.treatment - found.baseline)
 
@@ -388,7 +388,7 @@ def rerun(self: Runs, metric: str = METRIC, arm: str = ARM, seeds: int = 6, mini
     return ([] if few else ["# add what all runs share: the settings in their config.yaml"]) + [
         f"for s in $(seq {first} {first + seeds - 1}); do bgrpo train {flags(a)} --seed $s --output_dir runs/fresh/{a}-$s; done" for a in arms]
 
-# %% ../nbs/11_analysis.ipynb #6f33cb3d
+# %% ../nbs/11_analysis.ipynb #83652073
 @patch
 def differences(self: Runs, metric: str = METRIC, arm: str = ARM, baseline=None, seed: int = 0) -> list[Comparison]: # by pairs, by seeds, unpaired
     "Every treatment against the baseline; p values times the number of treatments (Bonferroni)"
@@ -405,7 +405,10 @@ def differences(self: Runs, metric: str = METRIC, arm: str = ARM, baseline=None,
 def conclusion(self: Runs, metric: str = METRIC, arm: str = ARM, baseline=None, seed: int = 0) -> list[str]: # sentences, then notes
     "What a reader takes from `differences`"
     found = self.differences(metric, arm, baseline, seed)
-    lines = [str(c) for c in found]
+    lines = [str(c) for c in found if c.unit != "runs"]
+    if not lines:
+        try: self.pairs(metric, arm, baseline, found[0].treatment)
+        except ValueError as e: lines = [str(e).split(", or compare")[0] + ". Unpaired, as two heaps of numbers:", *map(str, found)]
     for by_pairs, by_seeds in zip(found, found[1:]):
         if (by_pairs.unit, by_seeds.unit) == ("pairs", "seeds") and by_pairs.found and not by_seeds.found and by_seeds.n >= 6:
             lines.append("By seeds it is not found: what a seed brings to one arm at every setting may explain it. Believe the row by seeds.")

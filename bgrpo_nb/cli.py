@@ -228,6 +228,7 @@ def analyze(argv):
     a = p.parse_args(argv)
     from bgrpo_nb.analysis import read_runs
     runs, arm = read_runs(*a.source, parameters=a.parameters, study=a.study), a.arm or "rollout"
+    if a.metric not in runs.metrics and (same := "eval_" + a.metric.removeprefix("eval/")) in runs.metrics: a.metric = same
     if a.arm or a.baseline: runs.arms(arm, a.baseline, a.metric)
     print(f"{runs!r}\n\n{runs.best(a.metric, a.best, a.minimize).to_string(index=False)}\n")
     try: print("\n".join(runs.conclusion(a.metric, arm, a.baseline, a.seed)))

@@ -8,6 +8,11 @@ from .run_sources import METRIC
 ARM = "rollout"
 
 
+def _colour(i: int) -> str: # matplotlib looks up C0, C1, … when it draws, and then the style is gone
+    "Of the style in use"
+    import matplotlib.pyplot as plt
+    return plt.rcParams["axes.prop_cycle"].by_key()["color"][i % 7]
+
 def label_of(metric): return metric.removeprefix("eval_").replace("_", " ")
 
 
@@ -22,9 +27,9 @@ def shown(values: pd.Series) -> list: # at most 12, in order
 
 def _boxes(ax, groups, i, of, label):
     at = np.arange(len(groups)) + (i - (of - 1) / 2) * 0.8 / of
-    ax.boxplot(groups, positions=at, widths=0.6 / of, showfliers=False, manage_ticks=False, boxprops=dict(color=f"C{i}"), whiskerprops=dict(color=f"C{i}"),
-               capprops=dict(color=f"C{i}"), medianprops=dict(color=f"C{i}"))
-    for k, (x, group) in enumerate(zip(at, groups)): ax.plot(np.full(len(group), x), group, "o", markersize=3, alpha=0.6, color=f"C{i}", label=None if k else label)
+    ax.boxplot(groups, positions=at, widths=0.6 / of, showfliers=False, manage_ticks=False, boxprops=dict(color=_colour(i)), whiskerprops=dict(color=_colour(i)),
+               capprops=dict(color=_colour(i)), medianprops=dict(color=_colour(i)))
+    for k, (x, group) in enumerate(zip(at, groups)): ax.plot(np.full(len(group), x), group, "o", markersize=3, alpha=0.6, color=_colour(i), label=None if k else label)
 
 
 def _axis(values: pd.Series) -> tuple[np.ndarray, list]: # heights 0 to 1; (height, text) of the ticks
@@ -60,10 +65,10 @@ class Figures:
         names = [str(baseline), str(treatment if treatment is not None else treatments[0])]
         with use_style() as plt:
             fig, (left, right) = plt.subplots(1, 2, figsize=(6, 2.6), width_ratios=[2, 1])
-            for b, t in zip(found.baseline, found.treatment): left.plot([0, 1], [b, t], color="C0" if t > b else "C1", marker="o", markersize=3, linewidth=1, alpha=0.7)
+            for b, t in zip(found.baseline, found.treatment): left.plot([0, 1], [b, t], color=_colour(int(t <= b)), marker="o", markersize=3, linewidth=1, alpha=0.7)
             left.set(xticks=[0, 1], xticklabels=names, xlim=(-0.3, 1.3), ylabel=label_of(metric), title=f"{len(found)} pairs")
             right.axhline(0, color="black", linewidth=0.8)
-            right.plot(np.linspace(-0.1, 0.1, len(found)), np.sort(found.difference), "o", markersize=3, color="C2")
+            right.plot(np.linspace(-0.1, 0.1, len(found)), np.sort(found.difference), "o", markersize=3, color=_colour(2))
             right.set(xticks=[], xlim=(-0.5, 0.5), title=" − ".join(names[::-1]))
             return fig
 
@@ -82,7 +87,7 @@ class Figures:
                 for i, a in enumerate(arms):
                     part = done if a is None else done[done[arm] == a]
                     if values: _boxes(ax, [part[part[p] == v][metric].to_numpy(float) for v in values], i, len(arms), str(a))
-                    else: ax.plot(part[p].astype(float), part[metric], "o", markersize=3, alpha=0.7, color=f"C{i}", label=str(a))
+                    else: ax.plot(part[p].astype(float), part[metric], "o", markersize=3, alpha=0.7, color=_colour(i), label=str(a))
                 if values: ax.set_xticks(range(len(values)), [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values])
                 elif _is_log(done[p]): ax.set_xscale("log")
                 ax.set(xlabel=p)
@@ -104,9 +109,11 @@ class Figures:
                 heights.append(at)
                 ax.axvline(x, color="black", linewidth=0.8)
                 for y, text in ticks: ax.text(x + 0.03, y, text, fontsize=7, va="center", bbox=dict(boxstyle="square,pad=0.1", facecolor="white", edgecolor="none", alpha=0.7), zorder=4)
+            order = done.reset_index(drop=True).sort_values([*([arm] if arms else []), metric]).index
+            heights[:-1] = [h + 0.06 * (np.argsort(order) / len(order) - 0.5) for h in heights[:-1]]      # runs with equal settings beside one another
             for line, a in zip(np.transpose(heights), done[arm] if arms else [None] * len(done)):
-                ax.plot(range(len(columns)), line, linewidth=0.9, color=f"C{arms.index(a) if a in arms else 0}")
-            for i, a in enumerate(arms): ax.plot([], [], color=f"C{i}", label=str(a))
+                ax.plot(range(len(columns)), line, linewidth=0.9, color=_colour(arms.index(a) if a in arms else 0))
+            for i, a in enumerate(arms): ax.plot([], [], color=_colour(i), label=str(a))
             if arms: ax.legend(title=arm, loc="center left", bbox_to_anchor=(1.05, 0.5))
             ax.set_xticks(range(len(columns)), [c.removeprefix("eval_").replace("_", "\n") for c in columns])
             ax.set_yticks([])

@@ -46,7 +46,7 @@ def write_report(runs, out,                      # folder
     def said(): return "".join(f"<p class=say>{html.escape(line)}</p>" for line in runs.conclusion(metric, arm, baseline, seed))
     def weighed(cache=[]): return cache[0] if cache else cache.append(runs.importance(metric, seed=seed)) or cache[0]
     def next_step(): return "<pre>" + html.escape("\n".join(runs.rerun(metric, arm, minimize=minimize))) + "</pre>"
-    try: treatments = runs.arms(arm, baseline, metric)[0]
+    try: treatments = [c.treatment for c in runs.differences(metric, arm, baseline, seed) if c.unit == "pairs"]
     except ValueError: treatments = []
     sections = [
         (f"The difference between arms of {arm}", "", said, table("differences", lambda: pd.DataFrame(runs.differences(metric, arm, baseline, seed)).drop(columns="notes", errors="ignore")),

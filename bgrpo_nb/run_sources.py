@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-
 METRIC = "eval_beam_rank_score"
 SETTINGS_CALLED_EVAL = {f"eval_{name}" for name in ("strategy", "steps", "on_start", "limit", "problems", "delay", "accumulation_steps", "do_concat_batches", "use_gather_object")}
 
@@ -86,18 +85,22 @@ def read_folder(folder) -> Run:
                trial.get("attempt"), trial.get("planned"), mend(seed), result.get("seconds"), result.get("commit"), result.get("date"), str(folder), reason)
 
 
-def read_study(where, study: str | None = None) -> list[Run]:
+def read_study(where, study: str | None = None, metric: str = METRIC) -> list[Run]: # metric: what Optuna was told
     "Trials of a study; those that wait in the queue are no runs yet"
     import optuna
     from optuna.storages.journal import JournalFileBackend
     path = Path(str(where)).resolve()
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(path))) if path.is_file() else str(where)
-    names = sorted(optuna.get_all_study_names(storage))
+    file = path if path.is_file() else Path(str(where).removeprefix("sqlite:///"))
+    if "://" not in str(where) or str(where).startswith("sqlite:///"):
+        if not file.is_file(): raise ValueError(f"there is no file {file}; give an Optuna journal, or the URL of a storage that exists")   # Optuna would make an empty one
+    try:
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path))) if path.is_file() else str(where)
+        names = sorted(optuna.get_all_study_names(storage))
+    except Exception as e: raise ValueError(f"{where} is no Optuna storage ({type(e).__name__}: {' '.join(str(e).split())[:200]}); give a journal file or a storage's URL") from None
     if study is None and len(names) == 1: study = names[0]
     if study not in names: raise ValueError(f"{where} holds the studies {', '.join(names) or '(none)'}; name one of them with --study")
-    loaded = optuna.load_study(study_name=study, storage=storage)
     beside = path.parent if path.is_file() else Path("runs/sweeps") / study # where a sweep of that name puts its trials
-    return [_of_trial(t, beside, (loaded.metric_names or [METRIC])[0]) for t in loaded.get_trials(deepcopy=False) if t.state.name != "WAITING"]
+    return [_of_trial(t, beside, metric) for t in optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False) if t.state.name != "WAITING"]
 
 def _of_trial(trial, beside: Path, metric: str) -> Run:
     "An Optuna trial, and what its folder adds"
@@ -135,8 +138,8 @@ def read_record(record: dict) -> Run:
     tried = {k: v for k, v in (config if nested else flat).items() if k not in known and k not in metrics_of(flat) and "/" not in k and not k.startswith("_")}
     rows = [r for r in record.get("history") or [summary | {"step": everything.get("train/global_step")} if nested else flat]]
     whole = {k: mend(said[k]) for k in ("attempt", "planned", "seed")}
-    return Run(str(said["run"]), STATES.get(state, state), tried, validations(rows), **whole, seconds=mend(said["seconds"]),
-               commit=said["commit"] and str(said["commit"])[:13], date=said["date"] and str(said["date"])[:10], folder=said["folder"] and str(said["folder"]),
+    return Run(str(said["run"]), STATES.get(state, state), tried, validations(rows), **whole, seconds=seconds if isinstance(seconds := mend(said["seconds"]), (int, float)) else None,
+               commit=said["commit"] and (str(said["commit"])[:12] if len(str(said["commit"])) > 13 else str(said["commit"])), date=said["date"] and str(said["date"])[:10], folder=said["folder"] and str(said["folder"]),
                reason=str(everything.get("reason") or ("" if state == "finished" else f"W&B says {state}")))
 
 
@@ -148,7 +151,7 @@ def read_export(path) -> list[Run]:
     elif path.suffix == ".jsonl": records = _rows(path)
     else: records = _load(path)
     if isinstance(records, dict): records = records.get("runs", [])
-    if not records: raise ValueError(f"{path} holds no run; a run is a line of a CSV, or an object in a JSON list")
+    if not records or not all(isinstance(r, dict) for r in records): raise ValueError(f"{path} holds no run; a run is a line of a CSV, or an object in a JSON list")
     return [read_record(r) for r in records]
 
 def read_wandb(path: str, # entity/project, entity/project/sweep, or their page's address
@@ -183,7 +186,7 @@ def collect(sources, study=None, api=None):
         path, text = Path(str(source)), str(source)
         if path.is_dir(): new, more = [read_folder(p) for p in run_folders(path)], _load(path / "sweep.yaml")
         elif path.suffix in (".csv", ".json", ".jsonl") and path.is_file(): new, more = read_export(path), {}
-        elif path.is_file(): new, more = read_study(path, study), _load(path.parent / "sweep.yaml")
+        elif path.is_file(): more = _load(path.parent / "sweep.yaml") or {}; new = read_study(path, study, (more.get("metric") or {}).get("name", METRIC))
         elif text.startswith("wandb:") or "wandb.ai/" in text: new, more = read_wandb(text, api)
         elif "://" in text: new, more = read_study(text, study), {}
         elif re.fullmatch(r"[\w.-]+/[\w.-]+(/(sweeps/)?[a-z0-9]{6,12})?", text) and not path.parent.is_dir(): new, more = read_wandb(text, api)
