@@ -33,7 +33,6 @@ class Run:
 
 def mend(value): # None, bool, int, float or text
     "What a value was before somebody wrote it down"
-    if isinstance(value, dict) and "value" in value: return mend(value["value"])                # W&B's wrapping of settings
     if isinstance(value, np.generic): value = value.item()
     if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.S):
         try: value = ast.literal_eval(value.strip())
@@ -98,7 +97,8 @@ def read_study(where, study: str | None = None, metric: str = METRIC) -> list[Ru
         names = sorted(optuna.get_all_study_names(storage))
     except Exception as e: raise ValueError(f"{where} is no Optuna storage ({type(e).__name__}: {' '.join(str(e).split())[:200]}); give a journal file or a storage's URL") from None
     if study is None and len(names) == 1: study = names[0]
-    if study not in names: raise ValueError(f"{where} holds the studies {', '.join(names) or '(none)'}; name one of them with --study")
+    if not names: raise ValueError(f"{where} holds no Optuna study; give a journal file or a storage's URL")
+    if study not in names: raise ValueError(f"{where} holds the studies {', '.join(names)}; name one of them with --study")
     beside = path.parent if path.is_file() else Path("runs/sweeps") / study # where a sweep of that name puts its trials
     return [_of_trial(t, beside, metric) for t in optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False) if t.state.name != "WAITING"]
 
@@ -120,11 +120,12 @@ NAMES = dict(run=("run", "Name", "name", "displayName", "display_name", "id", "I
              seconds=("seconds", "Runtime", "_runtime", "runtime"), commit=("commit", "Commit"), date=("date", "Created", "created_at", "createdAt"), folder=("folder", "output_dir"))
 OF_THE_PAGE = {"Notes", "User", "Tags", "Sweep", "End Time", "Updated", "Hostname", "Job Type", "Github", "Group", "Host", "GPU Type", "GPU Count", "ID", "reason"}
 
-def _as_dict(value) -> dict:
+def _as_dict(value) -> dict: # W&B's wrapping of settings, {"value": ..., "desc": ...}, taken off
     "A dictionary, its JSON, or Python's way of writing it"
-    if not isinstance(value, str): return dict(value or {})
-    try: return json.loads(value)
-    except ValueError: return ast.literal_eval(re.sub(r"(?<![\w'\"])(-?)(nan|inf)(?![\w'\"])", r"'\1\2'", value))
+    if isinstance(value, str):
+        try: value = json.loads(value)
+        except ValueError: value = ast.literal_eval(re.sub(r"(?<![\w'\"])(-?)(nan|inf)(?![\w'\"])", r"'\1\2'", value))
+    return {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in (value or {}).items()}
 
 def read_record(record: dict) -> Run:
     "One run of W&B or of an export"
