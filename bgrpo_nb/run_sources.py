@@ -165,7 +165,7 @@ def read_wandb(path: str, # entity/project, entity/project/sweep, or their page'
         api = api or wandb.Api()
         sweep = api.sweep(f"{entity}/{project}/{rest[-1]}") if rest and rest[-1] not in ("sweeps", "runs", "table", "workspace") else None
         records = [dict(name=r.name, state=r.state, created_at=r.created_at, commit=getattr(r, "commit", None), config=dict(r.config),
-                        summary={k: r.summary[k] for k in r.summary.keys()}, history=[dict(row) for row in r.scan_history()])
+                        summary={k: r.summary[k] for k in r.summary.keys()}, history=r.history(samples=10_000, pandas=False))
                    for r in (sweep.runs if sweep else api.runs(f"{entity}/{project}"))]
     except wandb.Error as e: raise ValueError(f"W&B does not give {path} ({' '.join(str(e).split())}); log in with `wandb login`, or export the runs as CSV and give that file") from None
     return [read_record(r) for r in sorted(records, key=lambda r: str(r["created_at"]))], dict(sweep.config) if sweep else {}

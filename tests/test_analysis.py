@@ -98,7 +98,7 @@ def as_storage_url(sweep, tmp_path):
 
 
 def as_api(sweep, tmp_path):
-    runs = [SimpleNamespace(**{k: v for k, v in r.items() if k != "history"}, scan_history=lambda rows=r["history"]: iter(rows)) for r in records(sweep)]
+    runs = [SimpleNamespace(**{k: v for k, v in r.items() if k != "history"}, history=lambda samples, pandas, rows=r["history"]: rows) for r in records(sweep)]
     runs = [runs[i] for i in (3, 1, 5, 0, 4, 2)]                               # a server's order is not to be trusted
     api = SimpleNamespace(sweep=lambda path: SimpleNamespace(runs=runs, config={"method": "grid", "parameters": {}}) if path == "me/bgrpo/abc12345" else None)
     return ["https://wandb.ai/me/bgrpo/sweeps/abc12345?workspace=user"], dict(api=api)
@@ -164,6 +164,23 @@ def test_six_runs_give_the_same_table_from_every_source(form, sweep, tmp_path, m
     if form not in ("flat_csv", "documented_csv"):
         key = ["run", "step"]
         pd.testing.assert_frame_equal(found.history.sort_values(key, ignore_index=True), expected.history.sort_values(key, ignore_index=True), check_dtype=False)
+
+
+def test_wandbs_own_client_reads_the_same_table(sweep, monkeypatch):
+    "wandb.Api against a server on the loopback"
+    fake = pytest.importorskip("fake_wandb", reason="tests/fake_wandb.py is not there")
+    with fake.FakeWandb() as server:
+        for name, value in server.env.items(): monkeypatch.setenv(name, value)
+        server.sweeps["s1"], server.queues["s1"] = dict(id="s1", config=FILE, project="bgrpo"), []
+        for r in records(sweep):
+            server.runs[r["name"]] = dict(id=r["name"], sweep="s1", state=r["state"], config={k: {"value": v} for k, v in r["config"].items()}, summary=r["summary"],
+                                          history=[row | {"_step": i} for i, row in enumerate(r["history"])])
+        found, expected = read_runs("wandb:us/bgrpo/s1"), read_runs(sweep)
+        with pytest.raises(ValueError, match="W&B does not give .*s9.*export the runs as CSV"): read_runs("https://wandb.ai/us/bgrpo/sweeps/s9")
+    assert found.account["method"] == "grid" and "RunFullHistory" in server.asked    # scan_history would ask for files that a short run has not
+    kept = expected.table.drop(columns=["commit", "date"])                      # the server gives every run the same
+    pd.testing.assert_frame_equal(found.table[list(kept)], kept)
+    pd.testing.assert_frame_equal(found.history.sort_values(["run", "step"], ignore_index=True), expected.history.sort_values(["run", "step"], ignore_index=True), check_dtype=False)
 
 
 def test_the_table_reads_back(sweep, tmp_path):
