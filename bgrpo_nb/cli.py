@@ -1,4 +1,4 @@
-"""`bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | convert`
+"""`bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | analyze | convert`
 
 ## One line, and how to mend it
 
@@ -30,8 +30,8 @@ degrees are measured before and after on problems that nobody trained on.
 
 # %% auto #0
 __all__ = ['ALIASES', 'DEMO', 'COMMANDS', 'Fault', 'unknown_flag', 'own_fields', 'fields_help', 'read_config', 'generate',
-           'filter_problems', 'sft', 'train', 'evaluate', 'plot', 'convert', 'sweep', 'demo', 'demo_table', 'overview',
-           'main']
+           'filter_problems', 'sft', 'train', 'evaluate', 'analyze', 'plot', 'convert', 'sweep', 'demo', 'demo_table',
+           'overview', 'main']
 
 # %% ../nbs/13_cli.ipynb #3c96b14d
 import argparse
@@ -227,6 +227,33 @@ def evaluate(argv):
     print(results)
     print("written to", next(iter(results.reports.values())).to_json(out) if single else folder / "results.md")
 
+# %% ../nbs/13_cli.ipynb #a11a1y2e
+def analyze(argv):
+    "What finished runs say: one table, the difference between two arms, one HTML report"
+    p = _Parser(prog="bgrpo analyze", description=analyze.__doc__)
+    p.add_argument("source", nargs="+", help="a sweep's folder, run folders, an Optuna journal or storage URL, a CSV or JSON export of W&B, or entity/project/sweep at W&B")
+    p.add_argument("--metric", default="eval_beam_rank_score", help="the metric that is compared")
+    p.add_argument("--arm", help="the setting whose values are compared; left out: rollout, beam (BGRPO) against sample (GRPO)")
+    p.add_argument("--baseline", help="the arm's value that the others are compared with; left out: sample, or the first")
+    p.add_argument("--minimize", action="store_true", help="lower is better")
+    p.add_argument("--parameters", nargs="+", help="the settings that were tried; left out: those that differ between the runs")
+    p.add_argument("--best", type=int, default=5, help="how many of the best runs are listed")
+    p.add_argument("--study", help="of an Optuna storage that holds several")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the random forests")
+    p.add_argument("--out", help="folder for report.html, tidy.csv and data/; left out: analysis in the first source's folder, or runs/analysis")
+    a = p.parse_args(argv)
+    from bgrpo_nb.analysis import read_runs
+    runs, arm = read_runs(*a.source, parameters=a.parameters, study=a.study), a.arm or "rollout"
+    if a.metric not in runs.metrics and (same := "eval_" + a.metric.removeprefix("eval/")) in runs.metrics: a.metric = same
+    if a.arm or a.baseline: runs.arms(arm, a.baseline, a.metric)
+    print(f"{runs!r}\n\n{runs.best(a.metric, a.best, a.minimize).to_string(index=False)}\n")
+    try: print("\n".join(runs.conclusion(a.metric, arm, a.baseline, a.seed)))
+    except ValueError as e: print(e)
+    if len(gaps := runs.missing()): print(f"{len(gaps)} cells of the grid have no finished run")
+    first = Path(a.source[0])
+    out = a.out or (first if first.is_dir() else first.parent if first.is_file() else Path("runs")) / "analysis"
+    print("\nwritten to", runs.report(out, a.metric, arm, a.baseline, a.minimize, a.best, a.seed))
+
 # %% ../nbs/13_cli.ipynb #359ca56e
 def plot(argv):
     "Redraw figures from files alone: the three panels of a training run, or those of an evaluation"
@@ -397,6 +424,7 @@ COMMANDS = {
     "evaluate": (evaluate, "measure policies on test sets"),
     "plot": (plot, "redraw the figures of a run or an evaluation"),
     "sweep": (sweep, "try many settings: grid, random or bayes, on one machine or many"),
+    "analyze": (analyze, "compare finished runs: a table, the difference between arms, an HTML report"),
     "convert": (convert, "the authors' checkpoints to Hugging Face folders, and back"),
 }
 

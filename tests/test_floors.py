@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bgrpo_nb"
 FLOORS = ["polynomial", "data", "model", "packed", "generation", "runs", "sft", "rewards", "beam_filter", "kept", "figures", "tables", "decomposition",
-          "evaluation", "testsets", "trl_batching", "trainer", "processes", "sweeps", "sweep_launcher", "analysis", "widgets", "cli", "__main__"]
+          "evaluation", "testsets", "trl_batching", "trainer", "processes", "sweeps", "sweep_launcher", "run_sources", "run_figures", "run_report",
+          "analysis", "widgets", "cli", "__main__"]
 UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "polynomial": {"torch", "transformers", "trl"},
     "data": {"torch", "transformers", "trl"},
@@ -19,6 +20,7 @@ UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "widgets": {"trl", "bgrpo_nb.trainer", "bgrpo_nb.sweeps"},
     "beam_filter": {"trl"},
     "evaluation": {"trl"},
+    **dict.fromkeys(("run_sources", "run_figures", "run_report", "analysis"), {"trl", "bgrpo_nb.trainer", "bgrpo_nb.sweeps"}),
     "trl_batching": {"bgrpo_nb.polynomial", "bgrpo_nb.data", "bgrpo_nb.rewards"},
 }
 MODULES = [m for m in FLOORS if (PACKAGE / f"{m}.py").exists()]
@@ -60,7 +62,8 @@ def test_a_floor_names_nothing_it_must_not_know(module):
     ("bgrpo_nb.widgets", ("trl", "optuna")), ("bgrpo_nb.evaluation", ("ipywidgets",)), ("bgrpo_nb.cli", ("ipywidgets",)),
     ("bgrpo_nb", ("torch", "transformers", "trl")), ("bgrpo_nb.polynomial", ("torch", "transformers", "trl", "sympy")),
     ("bgrpo_nb.data", ("torch", "transformers", "trl")), ("bgrpo_nb.generation", ("trl",)),
-    ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.sweep_launcher", ("torch", "transformers", "trl", "wandb")), ("bgrpo_nb.evaluation", ("trl",)), ("bgrpo_nb.cli", ("torch", "transformers", "trl")),
+    ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.sweep_launcher", ("torch", "transformers", "trl", "wandb")), ("bgrpo_nb.evaluation", ("trl",)),
+    ("bgrpo_nb.analysis", ("trl", "optuna", "wandb")), ("bgrpo_nb.cli", ("torch", "transformers", "trl")),
 ])
 def test_importing_loads_no_more_than_it_says(module, absent):
     code = f"import sys, {module}; print(sorted(set({absent!r}) & set(sys.modules)))"
