@@ -104,7 +104,7 @@ class Runs(Figures):
     def __repr__(self): return f"{len(self)} runs ({self.counts()}); parameters {', '.join(self.parameters) or '(none)'}; metrics {', '.join(self.metrics) or '(none)'}"
     def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>" + self.table.drop(columns=["folder", "commit", "date"]).to_html(index=False, na_rep="", float_format="{:.4g}".format)
 
-# %% ../nbs/11_analysis.ipynb #7079cb09
+# %% ../nbs/11_analysis.ipynb #360d6268
 NOT_TRIED = {"output_dir", "seed", "data_seed", "run_name", "logging_dir", "resume", "planned", "attempt", "commit", "date"}
 DERIVED = {"per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "steps_per_generation", "num_generations_eval", "max_completion_length",
            "scale_rewards", "loss_type", "beta", "num_iterations", "max_grad_norm", "use_bias_correction_kl"} # follow from other settings
@@ -115,7 +115,7 @@ def _column(values) -> pd.Series: # Int64 where every number is whole, float64 f
     numbers = pd.Series([np.nan if v is None else float(v) for v in values], dtype=float)
     return numbers.astype("Int64") if all(float(v).is_integer() for v in known) else numbers
 
-def _tried(found: list[Run], named=None) -> tuple[dict[str, list], dict]: # values of each parameter, run by run; settings that all runs share
+def _tried(found: list[Run], named, planned) -> tuple[dict[str, list], dict]: # values of each parameter, run by run; settings that all runs share
     rows = [{k: mend(v) for k, v in r.parameters.items() if k not in NOT_TRIED} for r in found]
     for row in rows:
         if "use_beam" in row: row.setdefault("rollout", "beam" if row.pop("use_beam") else "sample")
@@ -125,8 +125,8 @@ def _tried(found: list[Run], named=None) -> tuple[dict[str, list], dict]: # valu
     varying = {k: values for k, values in columns.items() if len(set(codes[k])) > 1}
     def follows(k): return any(len(set(zip(codes[o], codes[k]))) == len(set(codes[o])) for o in varying if o not in DERIVED)
     if lost := [k for k in named or () if k not in columns]: raise ValueError(f"no run has the setting {', '.join(lost)}; there are: {', '.join(sorted(columns))}")
-    chosen = named or sorted((k for k in varying if not (k in DERIVED and follows(k))), key=lambda k: (k != ARM, k))
-    return {k: columns[k] for k in chosen}, {k: v[0] for k, v in columns.items() if k not in varying}
+    chosen = named or sorted((k for k in columns if k in planned or (k in varying and not (k in DERIVED and follows(k)))), key=lambda k: (k != ARM, k))
+    return {k: columns[k] for k in chosen}, {k: v[0] for k, v in columns.items() if k not in varying and k not in chosen}
 
 def tidy(found: list[Run],
          account: dict | None = None, # the sweep's file
@@ -134,7 +134,8 @@ def tidy(found: list[Run],
          ) -> "Runs":
     "One table from runs of any source"
     if not found: raise ValueError("there is no run; give a sweep's folder, run folders, an Optuna journal, a W&B export or entity/project/sweep")
-    columns, fixed = _tried(found, parameters)
+    planned = {p for p, spec in ((account or {}).get("parameters") or {}).items() if isinstance(spec, dict) and ("min" in spec or len(spec.get("values", ())) > 1)}
+    columns, fixed = _tried(found, parameters, planned)
     last = [{k: v for row in r.history for k, v in row.items() if k != "step"} for r in found]
     metrics = sorted({k for row in last for k in row})
     names = [r.run for r in found]

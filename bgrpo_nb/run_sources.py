@@ -100,7 +100,9 @@ def read_study(where, study: str | None = None, metric: str = METRIC) -> list[Ru
     if not names: raise ValueError(f"{where} holds no Optuna study; give a journal file or a storage's URL")
     if study not in names: raise ValueError(f"{where} holds the studies {', '.join(names)}; name one of them with --study")
     beside = path.parent if path.is_file() else Path("runs/sweeps") / study # where a sweep of that name puts its trials
-    return [_of_trial(t, beside, metric) for t in optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False) if t.state.name != "WAITING"]
+    loaded = optuna.load_study(study_name=study, storage=storage)
+    told = (loaded.user_attrs.get("account") or {}).get("metric") or metric
+    return [_of_trial(t, beside, told) for t in loaded.get_trials(deepcopy=False) if t.state.name != "WAITING"]
 
 def _of_trial(trial, beside: Path, metric: str) -> Run:
     "An Optuna trial, and what its folder adds"

@@ -233,9 +233,14 @@ def test_settings_that_follow_from_another_are_no_parameters():
     assert tidy([record(0, "paper", 8), record(1, "paper", 16)], parameters=["per_device_train_batch_size"]).parameters == ["per_device_train_batch_size"]
 
 
-def test_cells_without_a_finished_run_are_named(sweep):
+def test_cells_without_a_finished_run_are_named(sweep, tmp_path):
     gaps = read_runs(sweep).missing()
     assert set(map(tuple, gaps.to_numpy().tolist())) == {("beam", 1e-4, 1), ("sample", 1e-5, 1), ("sample", 1e-4, 0), ("sample", 1e-4, 1)}
+    never = tmp_path / "stopped"                                                # before the other arm began
+    shutil.copytree(sweep, never)
+    for planned, attempt, rollout, *_ in SIX:
+        if rollout == "sample": shutil.rmtree(never / "trials" / name_of(planned, attempt))
+    assert {tuple(c) for c in read_runs(never).missing().to_numpy().tolist()} == set(map(tuple, gaps.to_numpy().tolist())) | {("sample", 1e-5, 0)}
     drawn = replace(read_runs(sweep), account=dict(method="random"))
     assert drawn.missing().empty
 
