@@ -189,10 +189,14 @@ def collect(sources, study=None, api=None):
         path, text = Path(str(source)), str(source)
         if path.is_dir(): new, more = [read_folder(p) for p in run_folders(path)], _load(path / "sweep.yaml")
         elif path.suffix in (".csv", ".json", ".jsonl") and path.is_file(): new, more = read_export(path), {}
-        elif path.is_file(): more = _load(path.parent / "sweep.yaml") or {}; new = read_study(path, study, (more.get("metric") or {}).get("name", METRIC))
+        elif path.is_file():
+            more = _load(path.parent / "sweep.yaml") or {}
+            new = read_study(path, study, (more.get("metric") or {}).get("name", METRIC))
         elif text.startswith("wandb:") or "wandb.ai/" in text: new, more = read_wandb(text, api)
         elif "://" in text: new, more = read_study(text, study), {}
         elif re.fullmatch(r"[\w.-]+/[\w.-]+(/(sweeps/)?[a-z0-9]{6,12})?", text) and not path.parent.is_dir(): new, more = read_wandb(text, api)
-        else: raise ValueError(f"there is no {source}; a source is a sweep's folder, a run's folder, a folder of runs, an Optuna journal or storage URL, a CSV or JSON export of W&B, or entity/project/sweep")
+        else:
+            raise ValueError(f"there is no {source}; a source is a sweep's folder, a run's folder, a folder of runs, an Optuna journal or storage URL, "
+                             "a CSV or JSON export of W&B, or entity/project/sweep")
         found, account = found + new, account | (more or {})
     return found, account
