@@ -163,6 +163,8 @@ def read_wandb(path: str, # entity/project, entity/project/sweep, or their page'
     "Runs at W&B"
     import wandb
     entity, project, *rest = re.sub(r"^(wandb:|https?://[^/]+/)", "", path).strip("/").split("?")[0].split("/")
+    if api is None and not wandb.login(prompt=False, verify=False):           # wandb.Api would ask for a key
+        raise ValueError(f"{path} is no file or folder here, and to look for it at W&B somebody must be logged in: `wandb login`; or export the runs as CSV and give that file")
     try:
         api = api or wandb.Api()
         sweep = api.sweep(f"{entity}/{project}/{rest[-1]}") if rest and rest[-1] not in ("sweeps", "runs", "table", "workspace") else None

@@ -209,6 +209,13 @@ def test_a_missing_sqlite_file_is_not_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_nobody_is_asked_for_a_key(tmp_path):
+    "A mistyped folder looks like entity/project"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | dict(HOME=str(tmp_path), PYTHONPATH=str(Path(__file__).parent.parent))
+    done = subprocess.run([sys.executable, "-c", "from bgrpo_nb.run_sources import collect; collect(['no_such/folder'])"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 1 and "ValueError: no_such/folder is no file or folder here" in done.stderr
+
+
 def test_an_export_with_nothing_in_it(tmp_path):
     (tmp_path / "a.csv").write_text("Name,State\n")
     (tmp_path / "b.json").write_text("[1, 2]")
