@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bgrpo_nb.analysis._by': ('analysis.html#_by', 'bgrpo_nb/analysis.py'),
                                    'bgrpo_nb.analysis._column': ('analysis.html#_column', 'bgrpo_nb/analysis.py'),
                                    'bgrpo_nb.analysis._interval': ('analysis.html#_interval', 'bgrpo_nb/analysis.py'),
+                                   'bgrpo_nb.analysis._mean': ('analysis.html#_mean', 'bgrpo_nb/analysis.py'),
                                    'bgrpo_nb.analysis._numbered': ('analysis.html#_numbered', 'bgrpo_nb/analysis.py'),
                                    'bgrpo_nb.analysis._p_value': ('analysis.html#_p_value', 'bgrpo_nb/analysis.py'),
                                    'bgrpo_nb.analysis._study': ('analysis.html#_study', 'bgrpo_nb/analysis.py'),

@@ -58,7 +58,7 @@ from .run_figures import ARM, Figures, shown
 from .run_report import write_report
 from .run_sources import METRIC, Run, collect, mend
 
-# %% ../nbs/11_analysis.ipynb #dfcbbac4
+# %% ../nbs/11_analysis.ipynb #a71b663e
 @dataclass
 class Runs(Figures):
     "Runs of one or several sources; every figure and every test looks at `table` alone"
@@ -83,7 +83,8 @@ class Runs(Figures):
         "Finished runs that have a finite value of the metric; ValueError where there is none"
         if metric not in self.metrics: raise ValueError(f"no run has {metric}; there are: {', '.join(self.metrics) or '(none: train with validation problems)'}")
         done = self.table[self.table.state == "finished"]
-        if done.empty: raise ValueError(f"no run is finished ({self.counts()}); wait, or resume the sweep" + next((f"; {n}: {r}" for n, r in self.reasons.items() if r), ""))
+        why = next((f"; {n}: {r}" for n, r in self.reasons.items() if r and n in set(self.table.run)), "")
+        if done.empty: raise ValueError(f"no run is finished ({self.counts()}); wait, or resume the sweep{why}")
         done = done[np.isfinite(done[metric])]
         if done.empty: raise ValueError(f"no finished run has a finite {metric}; choose another --metric among {', '.join(self.metrics)}")
         return done
@@ -102,9 +103,11 @@ class Runs(Figures):
         return Path(path)
 
     def __repr__(self): return f"{len(self)} runs ({self.counts()}); parameters {', '.join(self.parameters) or '(none)'}; metrics {', '.join(self.metrics) or '(none)'}"
-    def _repr_html_(self): return f"<p>{html.escape(repr(self))}</p>" + self.table.drop(columns=["folder", "commit", "date"]).to_html(index=False, na_rep="", float_format="{:.4g}".format)
+    def _repr_html_(self):
+        table = self.table.drop(columns=["folder", "commit", "date"])
+        return f"<p>{html.escape(repr(self))}</p>" + table.to_html(index=False, na_rep="", float_format="{:.4g}".format)
 
-# %% ../nbs/11_analysis.ipynb #7079cb09
+# %% ../nbs/11_analysis.ipynb #a9a33234
 NOT_TRIED = {"output_dir", "seed", "data_seed", "run_name", "logging_dir", "resume", "planned", "attempt", "commit", "date"}
 DERIVED = {"per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "steps_per_generation", "num_generations_eval", "max_completion_length",
            "scale_rewards", "loss_type", "beta", "num_iterations", "max_grad_norm", "use_bias_correction_kl"} # follow from other settings
@@ -115,7 +118,7 @@ def _column(values) -> pd.Series: # Int64 where every number is whole, float64 f
     numbers = pd.Series([np.nan if v is None else float(v) for v in values], dtype=float)
     return numbers.astype("Int64") if all(float(v).is_integer() for v in known) else numbers
 
-def _tried(found: list[Run], named=None) -> tuple[dict[str, list], dict]: # values of each parameter, run by run; settings that all runs share
+def _tried(found: list[Run], named, planned) -> tuple[dict[str, list], dict]: # values of each parameter, run by run; settings that all runs share
     rows = [{k: mend(v) for k, v in r.parameters.items() if k not in NOT_TRIED} for r in found]
     for row in rows:
         if "use_beam" in row: row.setdefault("rollout", "beam" if row.pop("use_beam") else "sample")
@@ -125,8 +128,8 @@ def _tried(found: list[Run], named=None) -> tuple[dict[str, list], dict]: # valu
     varying = {k: values for k, values in columns.items() if len(set(codes[k])) > 1}
     def follows(k): return any(len(set(zip(codes[o], codes[k]))) == len(set(codes[o])) for o in varying if o not in DERIVED)
     if lost := [k for k in named or () if k not in columns]: raise ValueError(f"no run has the setting {', '.join(lost)}; there are: {', '.join(sorted(columns))}")
-    chosen = named or sorted((k for k in varying if not (k in DERIVED and follows(k))), key=lambda k: (k != ARM, k))
-    return {k: columns[k] for k in chosen}, {k: v[0] for k, v in columns.items() if k not in varying}
+    chosen = named or sorted((k for k in columns if k in planned or (k in varying and not (k in DERIVED and follows(k)))), key=lambda k: (k != ARM, k))
+    return {k: columns[k] for k in chosen}, {k: v[0] for k, v in columns.items() if k not in varying and k not in chosen}
 
 def tidy(found: list[Run],
          account: dict | None = None, # the sweep's file
@@ -134,7 +137,8 @@ def tidy(found: list[Run],
          ) -> "Runs":
     "One table from runs of any source"
     if not found: raise ValueError("there is no run; give a sweep's folder, run folders, an Optuna journal, a W&B export or entity/project/sweep")
-    columns, fixed = _tried(found, parameters)
+    planned = {p for p, spec in ((account or {}).get("parameters") or {}).items() if isinstance(spec, dict) and ("min" in spec or len(spec.get("values", ())) > 1)}
+    columns, fixed = _tried(found, parameters, planned)
     last = [{k: v for row in r.history for k, v in row.items() if k != "step"} for r in found]
     metrics = sorted({k for row in last for k in row})
     names = [r.run for r in found]
@@ -142,7 +146,8 @@ def tidy(found: list[Run],
     table = pd.DataFrame({"run": names, "state": [r.state for r in found], "attempt": _column([r.attempt for r in found]), "planned": _column([r.planned for r in found]),
                           "seed": _column([mend(r.seed) for r in found]), **{k: _column(v) for k, v in columns.items()},
                           **{m: pd.Series([row.get(m, np.nan) for row in last], dtype=float) for m in metrics},
-                          "seconds": pd.Series([r.seconds for r in found], dtype=float), **{k: pd.Series([getattr(r, k) for r in found], dtype=object) for k in ("commit", "date", "folder")}})
+                          "seconds": pd.Series([r.seconds for r in found], dtype=float),
+                          **{k: pd.Series([getattr(r, k) for r in found], dtype=object) for k in ("commit", "date", "folder")}})
     history = pd.DataFrame([{"run": n, **row} for n, r in zip(names, found) for row in r.history if row["step"] is not None], columns=["run", "step", *metrics])
     return Runs(_numbered(table, list(columns)), list(columns), metrics, history.drop_duplicates(["run", "step"], keep="last", ignore_index=True),
                 {n: r.reason for n, r in zip(names, found) if r.state != "finished"}, fixed, account or {})
@@ -197,7 +202,7 @@ def troubles(self: Runs) -> pd.DataFrame: # run, state, attempt, parameters, see
     odd = self.table[(self.table.state != "finished") | (self.table.attempt > 0)]
     return odd[["run", "state", "attempt", *self.parameters, "seed"]].assign(reason=[self.reasons.get(r, "") for r in odd.run])
 
-# %% ../nbs/11_analysis.ipynb #29cd8f5b
+# %% ../nbs/11_analysis.ipynb #76e57945
 class Comparison(NamedTuple):
     "Treatment minus baseline, in the metric's unit"
     mean: float
@@ -221,22 +226,23 @@ class Comparison(NamedTuple):
         return (f"{self.arm} {self.treatment} − {self.baseline}, {self.metric}: {self.mean:+.4f}, 95 % [{self.low:+.4f}, {self.high:+.4f}], "
                 f"p = {self.p_value:.2g}, n = {self.n} {self.unit}: {said}")
 
+def _mean(*samples, axis=-1): return samples[0].mean(axis) - (samples[1].mean(axis) if len(samples) > 1 else 0)
+
 def _bootstrap(samples: tuple, seed: int) -> tuple[float, float]: # 95 %
     "BCa interval of a mean, or of the difference of two means"
     if min(map(len, samples)) < 2: return np.nan, np.nan
-    def statistic(*s, axis=-1): return s[0].mean(axis) - (s[1].mean(axis) if len(s) > 1 else 0)
-    if all(np.ptp(s) == 0 for s in samples): return statistic(*samples), statistic(*samples)
-    def interval(method): return stats.bootstrap(samples, statistic, n_resamples=4000, method=method, vectorized=True, rng=np.random.default_rng(seed)).confidence_interval
+    if all(np.ptp(s) == 0 for s in samples): return _mean(*samples), _mean(*samples)
+    def interval(method):
+        return stats.bootstrap(samples, _mean, n_resamples=4000, method=method, vectorized=True, rng=np.random.default_rng(seed)).confidence_interval
     with np.errstate(all="ignore"): found = interval("BCa")
     return tuple(map(float, found if np.isfinite(found).all() else interval("percentile")))
 
 def _p_value(samples: tuple, seed: int) -> float:
     "Sign-flip test of one sample, permutation test of two"
-    def statistic(*s, axis=-1): return s[0].mean(axis) - (s[1].mean(axis) if len(s) > 1 else 0)
-    return float(stats.permutation_test(samples, statistic, permutation_type="samples" if len(samples) == 1 else "independent", vectorized=True, n_resamples=9999,
-                                        rng=np.random.default_rng(seed)).pvalue)
+    how = "samples" if len(samples) == 1 else "independent"
+    return float(stats.permutation_test(samples, _mean, permutation_type=how, vectorized=True, n_resamples=9999, rng=np.random.default_rng(seed)).pvalue)
 
-# %% ../nbs/11_analysis.ipynb #e60e0ff1
+# %% ../nbs/11_analysis.ipynb #eb94411d
 @patch
 def arms(self: Runs, arm: str = ARM, baseline=None, metric: str = METRIC) -> tuple[list, object]: # treatments, baseline
     "The values of an arm among the finished runs; ValueError where there is nothing to compare"
@@ -246,7 +252,9 @@ def arms(self: Runs, arm: str = ARM, baseline=None, metric: str = METRIC) -> tup
     values = sorted(done[arm].dropna().unique().tolist(), key=lambda v: (isinstance(v, str), v))
     baseline = ("sample" if "sample" in values else values[0]) if baseline is None else mend(baseline)
     if baseline not in values: raise ValueError(f"no finished run has {arm}={baseline}; choose --baseline among {', '.join(map(str, values))}")
-    if len(values) < 2: raise ValueError(f"every finished run has {arm}={values[0]}, and one arm alone cannot be compared; run the other one, or choose another --arm" + (f" among {', '.join(others)}" if others else ""))
+    if len(values) < 2:
+        raise ValueError(f"every finished run has {arm}={values[0]}, and one arm alone cannot be compared; run the other one, or choose another --arm"
+                         + (f" among {', '.join(others)}" if others else ""))
     return [v for v in values if v != baseline], baseline
 
 @patch
@@ -262,8 +270,10 @@ def pairs(self: Runs, metric: str = METRIC, arm: str = ARM, baseline=None, treat
     found = wide.dropna().reset_index().rename(columns={baseline: "baseline", treatment: "treatment"})
     if found.empty:
         seeds = [sorted(done[done[arm] == v].seed.dropna().unique().tolist()) for v in (treatment, baseline)]
-        why = f"seeds {seeds[0]} of {treatment} and {seeds[1]} of {baseline} have none in common" if not set(seeds[0]) & set(seeds[1]) else f"no two runs agree in {', '.join(key)}"
-        raise ValueError(f"{treatment} and {baseline} do not pair: {why}; run both arms with the same settings and seeds, or compare them unpaired: difference(unit='runs')")
+        why = f"no two runs agree in {', '.join(key)}"
+        if not set(seeds[0]) & set(seeds[1]): why = f"seeds {seeds[0]} of {treatment} and {seeds[1]} of {baseline} have none in common"
+        raise ValueError(f"{treatment} and {baseline} do not pair: {why}; run both arms with the same settings and seeds, or compare them unpaired: "
+                         "difference(unit='runs')")
     found.columns.name = None
     return found.assign(difference=found.treatment - found.baseline)
 
@@ -272,7 +282,7 @@ def bound_to(self: Runs, arm: str, done: pd.DataFrame) -> list[str]: # parameter
     "What goes with the arm: settings that have one value in each arm, and not the same in all"
     return [p for p in self.parameters if p != arm and done[p].nunique(dropna=False) > 1 and (done.groupby(arm)[p].nunique(dropna=False) == 1).all()]
 
-# %% ../nbs/11_analysis.ipynb #4cf3b96b
+# %% ../nbs/11_analysis.ipynb #6dacd8a2
 @patch
 def notes(self: Runs, arm: str = ARM, metric: str = METRIC) -> list[str]:
     "What a reader must know before a difference between arms is believed"
@@ -280,8 +290,10 @@ def notes(self: Runs, arm: str = ARM, metric: str = METRIC) -> list[str]:
     counts = done[arm].value_counts() if arm in done else pd.Series(dtype=int)
     many, out = ", ".join(f"{n} with {v}" for v, n in counts.items()), []
     if method == "bayes": out.append(f"This is a Bayesian sweep ({many}): it visits the winning arm more and tunes it further. Compare arms on a grid or random sweep.")
-    elif method is None and counts.nunique() > 1: out.append(f"The arms have unequal numbers of runs ({many}). If the sweep was Bayesian, the arms are not comparable; use a grid or random sweep.")
-    if (pruned := (self.table.state == "pruned").sum()): out.append(f"{pruned} runs were stopped early because they lagged behind; what is left of an arm looks better than the arm is.")
+    elif method is None and counts.nunique() > 1:
+        out.append(f"The arms have unequal numbers of runs ({many}). If the sweep was Bayesian, the arms are not comparable; use a grid or random sweep.")
+    if (pruned := (self.table.state == "pruned").sum()):
+        out.append(f"{pruned} runs were stopped early because they lagged behind; what is left of an arm looks better than the arm is.")
     for p in self.bound_to(arm, done) if arm in done else []:
         out.append(f"{p} goes with {arm} ({', '.join(f'{a}: {v}' for a, v in done.groupby(arm)[p].first().items())}); the difference is that of both together.")
     if done.duplicated([*self.parameters, "seed"]).any(): out.append("Some runs have the same settings and the same seed; they count as one, by their mean.")
@@ -301,9 +313,8 @@ def difference(self: Runs, metric: str = METRIC, arm: str = ARM, baseline=None, 
         alone = done[done[arm].isin([treatment, baseline])].drop_duplicates([*self.parameters, "seed"]).shape[0] - 2 * len(pairs)
         if alone: notes.append(f"{alone} finished runs have no partner and are left out.")
         samples = ((pairs.groupby("seed", dropna=False).difference.mean() if unit == "seeds" else pairs.difference).to_numpy(float),)
-    mean = float(samples[0].mean() - (samples[1].mean() if len(samples) > 1 else 0))
-    return Comparison(mean, *_bootstrap(samples, seed), _p_value(samples, seed) if min(map(len, samples)) > 1 else 1.0, sum(map(len, samples)), unit, metric, arm,
-                      treatment, baseline, tuple(notes))
+    p = _p_value(samples, seed) if min(map(len, samples)) > 1 else 1.0
+    return Comparison(float(_mean(*samples)), *_bootstrap(samples, seed), p, sum(map(len, samples)), unit, metric, arm, treatment, baseline, tuple(notes))
 
 # %% ../nbs/11_analysis.ipynb #938eb641
 def simulate(effect: float = 0.02,      # of beam over sample
@@ -325,7 +336,7 @@ def simulate(effect: float = 0.02,      # of beam over sample
     history = pd.concat([pd.DataFrame(dict(run=table.run, step=t, **{m: at(t) + shift for m, shift in shifts.items()})) for t in steps], ignore_index=True)
     return Runs(table, ["rollout", "learning_rate"], list(shifts), history, account=dict(method="grid"))
 
-# %% ../nbs/11_analysis.ipynb #d64cda0a
+# %% ../nbs/11_analysis.ipynb #7141cc75
 ENOUGH = 12 # runs, for fANOVA
 
 def _study(done: pd.DataFrame, columns: list[str], values) -> "optuna.Study":
@@ -335,7 +346,8 @@ def _study(done: pd.DataFrame, columns: list[str], values) -> "optuna.Study":
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     def numeric(c): return pd.api.types.is_numeric_dtype(done[c]) and not pd.api.types.is_bool_dtype(done[c]) and done[c].notna().all()
     cells = {c: done[c].astype(float if numeric(c) else str).tolist() for c in columns}
-    spaces = {c: FloatDistribution(min(v), max(v), log=min(v) > 0 and max(v) >= 10 * min(v)) if numeric(c) else CategoricalDistribution(sorted(set(v))) for c, v in cells.items()}
+    def space(c, v): return FloatDistribution(min(v), max(v), log=0 < 10 * min(v) <= max(v)) if numeric(c) else CategoricalDistribution(sorted(set(v)))
+    spaces = {c: space(c, v) for c, v in cells.items()}
     study = optuna.create_study(direction="maximize")
     study.add_trials([optuna.trial.create_trial(params=dict(zip(cells, row)), distributions=spaces, value=float(v)) for row, v in zip(zip(*cells.values()), values)])
     return study
@@ -347,7 +359,8 @@ def importance(self: Runs, metric: str = METRIC, seed: int = 0) -> pd.DataFrame:
     from sklearn.ensemble import RandomForestRegressor
     done = self.finished(metric)
     columns = [c for c in [*self.parameters, "seed"] if done[c].nunique(dropna=False) > 1]
-    if len(done) < ENOUGH or len(columns) < 2: raise ValueError(f"{len(done)} finished runs that differ in {len(columns)} settings are too few for fANOVA; {ENOUGH} runs and 2 settings are the least")
+    if len(done) < ENOUGH or len(columns) < 2:
+        raise ValueError(f"{len(done)} finished runs that differ in {len(columns)} settings are too few for fANOVA; {ENOUGH} runs and 2 settings are the least")
     if done[metric].nunique() == 1: raise ValueError(f"every run has the same {metric}; there is nothing to explain")
     shares = get_param_importances(_study(done, columns, done[metric]), evaluator=FanovaImportanceEvaluator(seed=seed))
     codes = pd.DataFrame({c: pd.factorize(done[c], sort=True)[0] for c in columns})
@@ -374,7 +387,7 @@ def degrees(self: Runs, metric: str = METRIC, arm: str | None = ARM) -> pd.DataF
     parts = [_by(t, columns, m).assign(metric=name, degree=degree) for m, (name, degree) in split.items() if len(t := self.finished(metric).dropna(subset=[m]))]
     return pd.concat(parts, ignore_index=True)[[*columns, "metric", "degree", "n", "mean", "sd", "low", "high"]] if parts else pd.DataFrame()
 
-# %% ../nbs/11_analysis.ipynb #d65e534f
+# %% ../nbs/11_analysis.ipynb #859d7675
 @patch
 def rerun(self: Runs, metric: str = METRIC, arm: str = ARM, seeds: int = 6, minimize: bool = False) -> list[str]: # shell commands
     "Train the best configuration again, every arm of it, on seeds that the sweep did not see"
@@ -383,7 +396,9 @@ def rerun(self: Runs, metric: str = METRIC, arm: str = ARM, seeds: int = 6, mini
     first = 1000 * (1 + int(self.table.seed.max() if self.table.seed.notna().any() else 0) // 1000)
     few = len(self.fixed) <= 40         # a whole config is no command line
     shared = {k: v for k, v in self.fixed.items() if few and v is not None}
-    def flags(a): return " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in (shared | best[self.parameters].dropna().to_dict() | ({arm: a} if arm in self.parameters else {})).items())
+    def flags(a):
+        chosen = shared | best[self.parameters].dropna().to_dict() | ({arm: a} if arm in self.parameters else {})
+        return " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in chosen.items())
     return ([] if few else ["# add what all runs share: the settings in their config.yaml"]) + [
         f"for s in $(seq {first} {first + seeds - 1}); do bgrpo train {flags(a)} --seed $s --output_dir runs/fresh/{a}-$s; done" for a in arms]
 

@@ -100,7 +100,9 @@ def read_study(where, study: str | None = None, metric: str = METRIC) -> list[Ru
     if not names: raise ValueError(f"{where} holds no Optuna study; give a journal file or a storage's URL")
     if study not in names: raise ValueError(f"{where} holds the studies {', '.join(names)}; name one of them with --study")
     beside = path.parent if path.is_file() else Path("runs/sweeps") / study # where a sweep of that name puts its trials
-    return [_of_trial(t, beside, metric) for t in optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False) if t.state.name != "WAITING"]
+    loaded = optuna.load_study(study_name=study, storage=storage)
+    told = (loaded.user_attrs.get("account") or {}).get("metric") or metric
+    return [_of_trial(t, beside, told) for t in loaded.get_trials(deepcopy=False) if t.state.name != "WAITING"]
 
 def _of_trial(trial, beside: Path, metric: str) -> Run:
     "An Optuna trial, and what its folder adds"
@@ -161,6 +163,8 @@ def read_wandb(path: str, # entity/project, entity/project/sweep, or their page'
     "Runs at W&B"
     import wandb
     entity, project, *rest = re.sub(r"^(wandb:|https?://[^/]+/)", "", path).strip("/").split("?")[0].split("/")
+    if api is None and not wandb.login(prompt=False, verify=False):           # wandb.Api would ask for a key
+        raise ValueError(f"{path} is no file or folder here, and to look for it at W&B somebody must be logged in: `wandb login`; or export the runs as CSV and give that file")
     try:
         api = api or wandb.Api()
         sweep = api.sweep(f"{entity}/{project}/{rest[-1]}") if rest and rest[-1] not in ("sweeps", "runs", "table", "workspace") else None
@@ -187,10 +191,14 @@ def collect(sources, study=None, api=None):
         path, text = Path(str(source)), str(source)
         if path.is_dir(): new, more = [read_folder(p) for p in run_folders(path)], _load(path / "sweep.yaml")
         elif path.suffix in (".csv", ".json", ".jsonl") and path.is_file(): new, more = read_export(path), {}
-        elif path.is_file(): more = _load(path.parent / "sweep.yaml") or {}; new = read_study(path, study, (more.get("metric") or {}).get("name", METRIC))
+        elif path.is_file():
+            more = _load(path.parent / "sweep.yaml") or {}
+            new = read_study(path, study, (more.get("metric") or {}).get("name", METRIC))
         elif text.startswith("wandb:") or "wandb.ai/" in text: new, more = read_wandb(text, api)
         elif "://" in text: new, more = read_study(text, study), {}
         elif re.fullmatch(r"[\w.-]+/[\w.-]+(/(sweeps/)?[a-z0-9]{6,12})?", text) and not path.parent.is_dir(): new, more = read_wandb(text, api)
-        else: raise ValueError(f"there is no {source}; a source is a sweep's folder, a run's folder, a folder of runs, an Optuna journal or storage URL, a CSV or JSON export of W&B, or entity/project/sweep")
+        else:
+            raise ValueError(f"there is no {source}; a source is a sweep's folder, a run's folder, a folder of runs, an Optuna journal or storage URL, "
+                             "a CSV or JSON export of W&B, or entity/project/sweep")
         found, account = found + new, account | (more or {})
     return found, account

@@ -209,6 +209,13 @@ def test_a_missing_sqlite_file_is_not_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_nobody_is_asked_for_a_key(tmp_path):
+    "A mistyped folder looks like entity/project"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | dict(HOME=str(tmp_path), PYTHONPATH=str(Path(__file__).parent.parent))
+    done = subprocess.run([sys.executable, "-c", "from bgrpo_nb.run_sources import collect; collect(['no_such/folder'])"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 1 and "ValueError: no_such/folder is no file or folder here" in done.stderr
+
+
 def test_an_export_with_nothing_in_it(tmp_path):
     (tmp_path / "a.csv").write_text("Name,State\n")
     (tmp_path / "b.json").write_text("[1, 2]")
@@ -233,9 +240,14 @@ def test_settings_that_follow_from_another_are_no_parameters():
     assert tidy([record(0, "paper", 8), record(1, "paper", 16)], parameters=["per_device_train_batch_size"]).parameters == ["per_device_train_batch_size"]
 
 
-def test_cells_without_a_finished_run_are_named(sweep):
+def test_cells_without_a_finished_run_are_named(sweep, tmp_path):
     gaps = read_runs(sweep).missing()
     assert set(map(tuple, gaps.to_numpy().tolist())) == {("beam", 1e-4, 1), ("sample", 1e-5, 1), ("sample", 1e-4, 0), ("sample", 1e-4, 1)}
+    never = tmp_path / "stopped"                                                # before the other arm began
+    shutil.copytree(sweep, never)
+    for planned, attempt, rollout, *_ in SIX:
+        if rollout == "sample": shutil.rmtree(never / "trials" / name_of(planned, attempt))
+    assert {tuple(c) for c in read_runs(never).missing().to_numpy().tolist()} == set(map(tuple, gaps.to_numpy().tolist())) | {("sample", 1e-5, 0)}
     drawn = replace(read_runs(sweep), account=dict(method="random"))
     assert drawn.missing().empty
 
