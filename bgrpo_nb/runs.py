@@ -90,6 +90,9 @@ def where_to_resume(folder):
     return found[-1]
 
 
+DERIVED = {"generation_batch_size"}  # TRL refuses it beside what it follows from
+
+
 def open_run(folder, config, resume=False, main=True):
     "Make or reopen a run's folder, before anything is computed; the checkpoint to resume from, or None. Only the main process writes"
     import yaml
@@ -103,7 +106,7 @@ def open_run(folder, config, resume=False, main=True):
         for torn in _checkpoint_folders(folder):
             if not _is_whole(torn): shutil.rmtree(torn)      # else it would count among the checkpoints that are kept
         _forget_after(folder / "metrics.jsonl", int(checkpoint.name[11:]) if resume else -1)
-        if not resume: (folder / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=True), encoding="utf-8")
+        if not resume: (folder / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k not in DERIVED}, allow_unicode=True, sort_keys=True), encoding="utf-8")
     except OSError as e: raise OSError(f"the run folder {folder} cannot be written ({e.strerror}); choose another --output_dir") from None
     return checkpoint
 

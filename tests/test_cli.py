@@ -131,3 +131,14 @@ def test_the_demo_measures_on_problems_that_the_policy_never_saw():
     trained = generate_problems(2600 * 128, 2, 2, seed=0, canonical=True)
     texts = {p.expanded for p in generate_problems(150, 2, 2, seed=10_000)}
     assert len(demo) == len(texts) == 150 and not texts & {p.expanded for p in trained}
+
+
+def test_a_runs_config_makes_the_same_run(tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert not bgrpo("train", "--output_dir", str(first), "--num_problems", "40", "--held_out", "4", "--max_steps", "2", "--prompts_per_step", "4",
+                     "--num_generations", "4", "--eval_on_start", "false", "--wide_beams", "10", "--num_samples", "2", "--report_to", "none").returncode
+    done = bgrpo("train", "--config", str(first / "config.yaml"), "--output_dir", str(again))
+    assert not done.returncode, done.stderr
+    timed = {"runtime", "step_time", "eval_seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    rows = [[{k: v for k, v in row.items() if k not in timed} for row in read_metrics(run / "metrics.jsonl")] for run in (first, again)]
+    assert rows[0] == rows[1] and len(rows[0]) > 2
