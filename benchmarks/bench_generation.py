@@ -182,7 +182,7 @@ def memory(widths):
     return rows
 
 
-KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm"), "attention": ("scaled_dot_product",), "reading and writing state": ("gather", "scatter", "index", "copy_", "cat")}
+KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "linear_pointwise", "reorder_linear"), "attention": ("scaled_dot_product",), "reading and writing state": ("gather", "scatter", "index", "copy_", "cat")}
 
 
 def profile(model):
