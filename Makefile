@@ -13,7 +13,7 @@ test: export OMP_NUM_THREADS := 1
 test: $(READY)
 	@$(BIN)/python nbs/_build/sync.py --check
 	@$(BIN)/nbdev-test --n-workers 2 --timing
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 setup: $(READY)
 
