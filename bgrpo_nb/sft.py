@@ -243,7 +243,7 @@ def train_policy(config: SupervisedConfig) -> dict: # what result.json holds; "s
                                   if config.device.type == "cuda" else "eager")
     train, held_out = make_samples(config, tokenizer)
     stop, started = StopCleanly(), time.time()
-    trainer = _Trainer(model=model, args=config, train_dataset=train, eval_dataset=ProblemStream(held_out, tokenizer),
+    trainer = _Trainer(model=model, args=config, processing_class=tokenizer, train_dataset=train, eval_dataset=ProblemStream(held_out, tokenizer),
                        data_collator=lambda samples: collate(samples, tokenizer.pad_token_id),
                        preprocess_logits_for_metrics=exact_match, callbacks=[RunLog(config.output_dir), stop],
                        compute_metrics=lambda p: {"exact_match": float(p.predictions.mean())})
