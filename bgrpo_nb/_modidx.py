@@ -231,6 +231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bgrpo_nb.model._from_gpt2': ('model.html#_from_gpt2', 'bgrpo_nb/model.py'),
                                 'bgrpo_nb.model._gpt2_config': ('model.html#_gpt2_config', 'bgrpo_nb/model.py'),
                                 'bgrpo_nb.model._layers': ('model.html#_layers', 'bgrpo_nb/model.py'),
+                                'bgrpo_nb.model._quietly': ('model.html#_quietly', 'bgrpo_nb/model.py'),
                                 'bgrpo_nb.model._read_config': ('model.html#_read_config', 'bgrpo_nb/model.py'),
                                 'bgrpo_nb.model._read_state': ('model.html#_read_state', 'bgrpo_nb/model.py'),
                                 'bgrpo_nb.model._to_gpt2': ('model.html#_to_gpt2', 'bgrpo_nb/model.py'),

@@ -36,6 +36,7 @@ __all__ = ['ASSETS', 'PAD', 'END', 'COMPACT', 'PRESETS', 'vocabularies', 'words_
 # %% ../nbs/02_model.ipynb #567de84c
 import json
 import re
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Sequence
@@ -163,6 +164,15 @@ def choose_attention(attn_implementation: str, # "auto" or a name that Transform
     return attn_implementation
 
 # %% ../nbs/02_model.ipynb #5a2717d3
+@contextmanager
+def _quietly():
+    "Without Transformers' progress bars, one for each file"
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try: yield
+    finally:
+        if shown: enable_progress_bar()
+
 def load_model(name_or_path, # a bundled model's name ("tiny") or a folder in Hugging Face format
                device=None,  # default: the GPU where there is one
                dtype: torch.dtype | None = None, # default: float32
@@ -176,13 +186,10 @@ def load_model(name_or_path, # a bundled model's name ("tiny") or a folder in Hu
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or torch.float32
     attention = choose_attention(attn_implementation, device, dtype)
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try: model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    try:
+        with _quietly(): model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     except Exception as e: raise ValueError(f"{folder} holds no model that can be loaded ({str(e).splitlines()[0][:120]}); "
                                             "is the folder complete?") from e
-    finally:
-        if shown: enable_progress_bar()
     return model.to(device).eval()
 
 def save_model(model, tokenizer, folder, # is made where it does not exist
@@ -192,11 +199,11 @@ def save_model(model, tokenizer, folder, # is made where it does not exist
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = model.generation_config.use_cache = True  # trainers turn it off
-    if dtype is None: model.save_pretrained(folder)
-    else:
+    if dtype is not None:
         copy = type(model)(model.config).to(dtype)
         copy.load_state_dict(model.state_dict())
-        copy.save_pretrained(folder)
+        model = copy
+    with _quietly(): model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
