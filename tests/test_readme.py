@@ -65,7 +65,9 @@ def test_python_blocks_run_and_print_what_readme_says(tmp_path):
 
 
 SMALLER = {"generate": ["--n", "40"], "filter": [], "train": ["--max_steps", "1", "--prompts_per_step", "2", "--num_generations", "4", "--held_out", "4",
-           "--num_samples", "2", "--use_cpu", "True"], "evaluate": ["--limit", "2"]}
+           "--num_samples", "2", "--use_cpu", "True"], "evaluate": ["--limit", "2"], "sweep": [], "analyze": []}
+SMALLER_SWEEP = dict(learning_rate=5e-5, seed=0, num_problems=45, held_out=4, max_steps=1, eval_steps=1, save_steps=1, num_generations=4, prompts_per_step=2,
+                     num_samples=2, wide_beams=10)
 
 
 def test_the_terminals_commands_run_one_after_the_other(tmp_path):
@@ -74,7 +76,12 @@ def test_the_terminals_commands_run_one_after_the_other(tmp_path):
     for words in commands:
         if "--n" in words: del words[words.index("--n"):words.index("--n") + 2]
         words[:] = ["problems.txt" if w == "FILE" else w for w in words] + SMALLER[words[0]]
+    (tmp_path / "configs/sweeps").mkdir(parents=True)
+    sweep = yaml.safe_load((REPO / "configs/sweeps/small.yaml").read_text())
+    sweep["parameters"] |= {name: {"value": value} for name, value in SMALLER_SWEEP.items()}
+    (tmp_path / "configs/sweeps/small.yaml").write_text(yaml.safe_dump(sweep))
     run(RUN_COMMANDS, commands, tmp_path)
+    assert len(list((tmp_path / "runs/sweeps/small/trials").glob("*/result.json"))) == 2 and (tmp_path / "runs/sweeps/small/analysis/report.html").is_file()
     assert (tmp_path / "hard.txt").read_text().strip() and (tmp_path / "runs/bgrpo/result.json").is_file()
 
 
