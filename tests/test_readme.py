@@ -1,7 +1,7 @@
 """What the repository says of itself is true: README's code runs, its links lead somewhere, its map is that of the imports.
 
 Executed as they stand: the Python blocks, in order, in one namespace (the training run is cut to one step of six prompts), and their output is compared with
-README's; `bgrpo generate`, `filter`, `train` and `evaluate` of the terminal block, with fewer problems and one step. Parsed, and their targets and
+README's; every `bgrpo` command of the terminal block, with fewer problems and one step. Parsed, and their targets and
 flags looked up: `make ...`, `pip install ...`."""
 import ast
 import json
