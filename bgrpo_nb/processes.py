@@ -1,6 +1,6 @@
 """Processes that end with the one that started them: identity across machines, a child tied to its parent, every leftover found and ended.
 
-Plumbing of `sweeps` and `sweep_launcher`; it knows neither sweeps nor training."""
+Plumbing of `runs`, `sweeps` and `sweep_launcher`; it knows neither sweeps nor training, and loads nothing heavy."""
 import ctypes
 import json
 import os
@@ -18,10 +18,13 @@ MARK = "BGRPO_TRIAL_FOLDER"  # in the environment of a trial's program, and so o
 
 
 def write_json(path, content):
-    "Write `content` whole or not at all; `runs.write_json` without loading Transformers"
-    path, part = Path(path), Path(f"{path}.part")
+    "Write `content` whole or not at all"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(part, path)
+    return path
 
 
 def myself():

@@ -19,22 +19,14 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
+from .processes import write_json
+
 PACKAGES = ("bgrpo_nb", "torch", "transformers", "trl", "accelerate", "numpy", "sympy", "python-flint")
 
 
 def setting(default, help):
     "A documented field of a config"
     return field(default=default, metadata={"help": help})
-
-
-def write_json(path, content):
-    "Write `content` whole or not at all"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(part, path)
-    return path
 
 
 def _commit():

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bgrpo_nb"
-FLOORS = ["polynomial", "data", "model", "packed", "generation", "runs", "sft", "rewards", "beam_filter", "kept", "figures", "tables", "decomposition",
-          "evaluation", "testsets", "trl_batching", "trainer", "processes", "sweeps", "sweep_launcher", "run_sources", "run_figures", "run_report",
+FLOORS = ["polynomial", "data", "model", "packed", "generation", "processes", "runs", "sft", "rewards", "beam_filter", "kept", "figures", "tables", "decomposition",
+          "evaluation", "testsets", "trl_batching", "trainer", "sweeps", "sweep_launcher", "run_sources", "run_figures", "run_report",
           "analysis", "widgets", "cli", "__main__"]
 UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "polynomial": {"torch", "transformers", "trl"},
