@@ -48,6 +48,7 @@ __all__ = ['TREE_ATTENTION', 'Beams', 'TreeCache', 'tree_attention', 'tree_atten
 import inspect
 import warnings
 from contextlib import contextmanager
+from functools import wraps
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -221,11 +222,11 @@ class BeamTree:
 
     def sweep(self, ancestors: Tensor, # (B, K, nodes) bool of every open beam
               ) -> Tensor:             # the same over the nodes that are left
-        "Forget nodes that no open beam stands on, once they are a third of all"
+        "Forget nodes that no open beam stands on, once they are a fifth of all"
         if self.nodes < 64: return ancestors
         live = ancestors.any(1)                                               # (B, nodes)
         most = int(live.sum(1).max())
-        if 2 * self.nodes < 3 * most: return ancestors
+        if 4 * self.nodes < 5 * most: return ancestors
         nodes = live.int().argsort(dim=1, descending=True, stable=True)[:, :most] # live ones first, in their order
         self.cache.keep_nodes(self.on_prompt.shape[1], nodes)
         self.nodes = most
@@ -288,14 +289,17 @@ def _ids(eos_token_id, device) -> Tensor: # (n,) long; one id, several, or none
     ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     return torch.tensor(ids, dtype=torch.long, device=device)
 
-@contextmanager
-def _evaluating(model):
-    "Without gradients and dropout; train mode comes back"
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally: model.train(training)
+def _inference(search):
+    "A search without gradients and dropout; train mode comes back"
+    @wraps(search)
+    def run(model, *args, **kwargs):
+        training, alone = model.training, not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        model.eval()
+        try:
+            with torch.no_grad(), torch.inference_mode(alone): found = search(model, *args, **kwargs)
+        finally: model.train(training)
+        return Beams(*(x.clone() for x in found))
+    return run
 
 # %% ../nbs/03_generation.ipynb #8855fe4a
 def _best_candidates(scores: Tensor, # (B, K) nats; -inf where a place is empty
@@ -417,6 +421,7 @@ def _captured(advance):
     return graph.replay
 
 # %% ../nbs/03_generation.ipynb #c42cb546
+@_inference
 def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 attention_mask: Tensor | None = None, # (B, P), 1 on the prompt; all ones by default
                 *, num_beams: int,        # K, at least 1; may exceed the vocabulary
@@ -428,18 +433,17 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 ) -> Beams: # best first; fewer than K where fewer sequences exist
     "The K sequences that a beam search finds for each prompt, each prompt read once"
     attention_mask = _check(model, input_ids, attention_mask, num_beams, max_new_tokens)
-    with _evaluating(model):
-        if reason := why_no_tree(model, input_ids.shape[1] + max_new_tokens):
-            return _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, logits_processor,
-                                num_beams=num_beams, num_return_sequences=num_beams, length_penalty=0.0)
-        tree = _tree(model, input_ids, attention_mask, num_beams, max_new_tokens, static, logits_processor)
-        scores = torch.full((len(input_ids), num_beams), -torch.inf, device=input_ids.device)
-        scores[:, 0] = 0                                         # one beam, that has written nothing
-        search = _Decoding(tree, tree.read_prompts(), scores, max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
-        def pick():
-            logp = search.process(search.logits.log_softmax(-1))
-            search.write(*_best_candidates(search.scores, search.ended, search.order, logp, pad_token_id))
-        return _run(model, search, pick, max_new_tokens, static == "capture")
+    if reason := why_no_tree(model, input_ids.shape[1] + max_new_tokens):
+        return _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, logits_processor,
+                            num_beams=num_beams, num_return_sequences=num_beams, length_penalty=0.0)
+    tree = _tree(model, input_ids, attention_mask, num_beams, max_new_tokens, static, logits_processor)
+    scores = torch.full((len(input_ids), num_beams), -torch.inf, device=input_ids.device)
+    scores[:, 0] = 0                                         # one beam, that has written nothing
+    search = _Decoding(tree, tree.read_prompts(), scores, max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
+    def pick():
+        logp = search.process(search.logits.log_softmax(-1))
+        search.write(*_best_candidates(search.scores, search.ended, search.order, logp, pad_token_id))
+    return _run(model, search, pick, max_new_tokens, static == "capture")
 
 # %% ../nbs/03_generation.ipynb #3e4ea040
 def greedy(model, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int, eos_token_id, pad_token_id: int,
@@ -461,6 +465,7 @@ def _draw(search, temperature, generator):
     search.write(search.scores + gains, places, tokens, search.ended)
 
 # %% ../nbs/03_generation.ipynb #972ecde3
+@_inference
 def sample(model, input_ids: Tensor, # (B, P) long, left padded
            attention_mask: Tensor | None = None, # (B, P)
            *, num_return_sequences: int = 1, # K
@@ -473,14 +478,13 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
     "K independent samples of each prompt, each prompt read once"
     attention_mask = _check(model, input_ids, attention_mask, num_return_sequences, max_new_tokens)
     if not temperature > 0: raise ValueError(f"temperature={temperature} draws nothing; use a number above 0, or greedy()")
-    with _evaluating(model):
-        if reason := why_no_tree(model, input_ids.shape[1] + max_new_tokens):
-            return _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, logits_processor,
-                                do_sample=True, temperature=temperature, top_k=0, num_return_sequences=num_return_sequences)
-        tree = _tree(model, input_ids, attention_mask, num_return_sequences, max_new_tokens, static)
-        drawn = _Decoding(tree, tree.read_prompts(), torch.zeros(len(input_ids), num_return_sequences, device=input_ids.device),
-                          max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
-        return _run(model, drawn, lambda: _draw(drawn, temperature, generator), max_new_tokens)
+    if reason := why_no_tree(model, input_ids.shape[1] + max_new_tokens):
+        return _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, logits_processor,
+                            do_sample=True, temperature=temperature, top_k=0, num_return_sequences=num_return_sequences)
+    tree = _tree(model, input_ids, attention_mask, num_return_sequences, max_new_tokens, static)
+    drawn = _Decoding(tree, tree.read_prompts(), torch.zeros(len(input_ids), num_return_sequences, device=input_ids.device),
+                      max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
+    return _run(model, drawn, lambda: _draw(drawn, temperature, generator), max_new_tokens)
 
 # %% ../nbs/03_generation.ipynb #bc16412e
 _WARNED = set()
