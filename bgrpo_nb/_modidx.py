@@ -108,6 +108,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'bgrpo_nb.data.generate_multivariate': ('data.html#generate_multivariate', 'bgrpo_nb/data.py'),
                                'bgrpo_nb.data.generate_on_singlets': ('data.html#generate_on_singlets', 'bgrpo_nb/data.py'),
                                'bgrpo_nb.data.generate_problems': ('data.html#generate_problems', 'bgrpo_nb/data.py'),
+                               'bgrpo_nb.data.highest_first': ('data.html#highest_first', 'bgrpo_nb/data.py'),
                                'bgrpo_nb.data.mix': ('data.html#mix', 'bgrpo_nb/data.py'),
                                'bgrpo_nb.data.polynomial_key': ('data.html#polynomial_key', 'bgrpo_nb/data.py'),
                                'bgrpo_nb.data.read_degrees': ('data.html#read_degrees', 'bgrpo_nb/data.py'),

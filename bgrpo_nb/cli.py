@@ -137,11 +137,12 @@ def generate(argv):
     p.add_argument("--variables", type=int, default=3, help="of a multivariate outer polynomial")
     p.add_argument("--answer", choices=["inner", "both"], default="inner", help="what a univariate answer holds")
     p.add_argument("--canonical", action="store_true", help="univariate answers in canonical form")
+    p.add_argument("--descending", action="store_true", help="univariate answers with their highest term first")
     p.add_argument("--seed", type=int, default=0, help="same seed, same problems")
     a = p.parse_args(argv)
     from bgrpo_nb import data
     outer, inner = data.read_degrees(a.degrees)
-    made = (data.generate_problems(a.n, outer, inner, a.coefficient_bound, a.seed, a.answer, a.canonical) if a.kind == "univariate" else
+    made = (data.generate_problems(a.n, outer, inner, a.coefficient_bound, a.seed, a.answer, a.canonical, a.descending) if a.kind == "univariate" else
             data.generate_multivariate(a.n, a.variables, outer, inner, a.coefficient_bound, seed=a.seed) if a.kind == "multivariate" else
             data.generate_on_singlets(a.n, outer, coefficient_bound=a.coefficient_bound, seed=a.seed))
     data.write_problems(a.out, made)

@@ -26,8 +26,8 @@ Filter by the degree of f, mix hard with easy, split without overlap. All are re
 
 # %% auto #0
 __all__ = ['Problem', 'compose_rows', 'format_rows', 'canonical_rows', 'polynomial_key', 'generate_problems', 'read_degrees',
-           'generate_multivariate', 'generate_on_singlets', 'write_problems', 'read_problems', 'filter_by_degree',
-           'mix', 'split']
+           'highest_first', 'generate_multivariate', 'generate_on_singlets', 'write_problems', 'read_problems',
+           'filter_by_degree', 'mix', 'split']
 
 # %% ../nbs/01_data.ipynb #3e5fdcf5
 import os
@@ -92,10 +92,11 @@ def _digit_columns(c: np.ndarray) -> np.ndarray: # (n,) int -> (n, 2w) uint8, "P
 # %% ../nbs/01_data.ipynb #c60a7131
 def format_rows(rows: np.ndarray, # (n, d + 1) int, ascending degree
                 variable: str = "a",
-                ) -> list[str]: # n lines of prefix notation, equal to format_prefix of each row
+                descending: bool = False, # the highest term first
+                ) -> list[str]: # n lines of prefix notation, equal to format_prefix of each row where ascending
     "Write a batch of univariate polynomials"
     strips, later = [], np.zeros(len(rows), bool)
-    for d in range(rows.shape[1] - 1, -1, -1):
+    for d in range(rows.shape[1])[::1 if descending else -1]:  # the last term first
         stands = rows[:, d] != 0
         power = "" if d == 0 else f"{variable} " if d == 1 else f"^ {variable} P {' '.join(str(d))} "
         for text in (power, None, "* " if d else "", "+ "):
@@ -139,6 +140,7 @@ def generate_problems(n: int,             # how many
                       seed: int = 0,
                       answer: str = "inner",   # "inner", or "both": `outer & inner`
                       canonical: bool = False, # answers in canonical form
+                      descending: bool = False, # answers with the highest term first
                       exclude: Iterable[Problem] = (), # problems that must not be made again
                       ) -> list[Problem]: # distinct polynomials f
     "Random univariate problems f = g(h)"
@@ -156,7 +158,7 @@ def generate_problems(n: int,             # how many
         idle = 0 if keep else idle + 1
         if idle > 20: raise ValueError(f"only {len(problems)} distinct problems of degree {outer_degree}∘{inner_degree} with "
                                        f"coefficients up to {coefficient_bound} were found; ask for fewer, or raise coefficient_bound")
-        problems += _problems(f[keep], g[keep], h[keep], answer, canonical)
+        problems += _problems(f[keep], g[keep], h[keep], answer, canonical, descending)
     return problems
 
 # %% ../nbs/01_data.ipynb #d3a1c0e2
@@ -168,16 +170,24 @@ def read_degrees(text: str, # "2∘2", "2x2" or "2_2": outer, then inner
         raise ValueError(f"degrees {text!r} cannot be read; write outer and inner degree as in 3_2, both 2 or more")
     return int(parts[0]), int(parts[1])
 
+# %% ../nbs/01_data.ipynb #1fe05713
+def highest_first(answer: str, # `inner`, `outer & inner` or more parts
+                  ) -> str:    # the same polynomials; parts of several variables as they were
+    "An answer whose terms fall in degree"
+    parts = answer.split(" & ")
+    return " & ".join(format_rows(np.array([coefficients(p)], object), *find_variables(p.split()), descending=True)[0]
+                      if len(find_variables(p.split())) == 1 else p for p in parts)
+
 # %% ../nbs/01_data.ipynb #ef349b4b
-def _problems(f, g, h, answer, canonical) -> list[Problem]:
+def _problems(f, g, h, answer, canonical, descending) -> list[Problem]:
     "Text of the chosen rows"
     inner = canonical_rows(h) if canonical else h
-    answers = format_rows(inner)
+    answers = format_rows(inner, descending=descending)
     if answer == "both":
         if canonical:  # h = c*inner + d, so the outer polynomial becomes g(c*y + d)
             c = h[:, -1] // inner[:, -1]
             g = compose_rows(g, np.stack([h[:, 0], c], axis=1))
-        answers = [f"{outer} & {inner}" for outer, inner in zip(format_rows(g, "b"), answers)]
+        answers = [f"{outer} & {inner}" for outer, inner in zip(format_rows(g, "b", descending), answers)]
     return list(map(Problem, format_rows(f), answers))
 
 def _check(n, outer_degree, inner_degree, bound):

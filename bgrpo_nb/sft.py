@@ -49,7 +49,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 # %% ../nbs/04_sft.ipynb #f391ae31
-from .data import Problem, generate_problems, polynomial_key, read_degrees, read_problems
+from .data import Problem, generate_problems, highest_first, polynomial_key, read_degrees, read_problems
 from .model import END, PRESETS, choose_attention, load_model, load_tokenizer, new_model, save_model, tokenize
 from .polynomial import canonical_inner
 from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, setting, show_progress, write_json
@@ -119,6 +119,7 @@ class SupervisedConfig(TrainingArguments):
     degrees: list[str] = field(default_factory=lambda: ["2_2"], metadata={"help": "degrees of the problems made afresh, outer_inner, mixed evenly"})
     coefficient_bound: int = setting(20, "coefficients of the problems made afresh lie in [-bound, bound]")
     canonical: bool = setting(True, "targets in canonical form: no constant, coprime, leading coefficient above 0")
+    descending: bool = setting(True, "targets with their highest term first; the policy then writes them so")
     held_out: int = setting(512, "problems kept for validation")
     weights_dtype: str = setting("float32", "precision of the saved policy: float32 or bfloat16")
     resume: bool = setting(False, "go on from the newest whole checkpoint in output_dir")
@@ -165,6 +166,7 @@ def make_samples(config: SupervisedConfig, tokenizer,
         if len(found) <= config.held_out: raise ValueError(f"{config.problems} has {len(found)} problems, of which held_out={config.held_out} "
                                                            "are to be kept for validation; lower --held_out")
         if config.canonical: found = [Problem(p.expanded, canonical_inner(p.answer)) if " & " not in p.answer else p for p in found]
+        if config.descending: found = [Problem(p.expanded, highest_first(p.answer)) for p in found]
         found = [found[i] for i in rng.permutation(len(found))]
         held_out = found[:config.held_out]
         kept = {polynomial_key(p.expanded) for p in held_out}
@@ -175,7 +177,7 @@ def make_samples(config: SupervisedConfig, tokenizer,
         held_out, train = [], []
         for k, (outer, inner) in enumerate(map(read_degrees, config.degrees)):
             def share(total): return total // len(config.degrees) + (k < total % len(config.degrees))
-            common = dict(coefficient_bound=config.coefficient_bound, canonical=config.canonical)
+            common = dict(coefficient_bound=config.coefficient_bound, canonical=config.canonical, descending=config.descending)
             kept = generate_problems(share(config.held_out), outer, inner, seed=config.seed + 2**31, **common)
             held_out += kept
             train += generate_problems(share(n), outer, inner, seed=config.seed, exclude=kept, **common)
