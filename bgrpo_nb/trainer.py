@@ -106,7 +106,7 @@ from .evaluation import METRICS, plot_history
 from .evaluation import evaluate as measure
 from .generation import sample, why_no_tree
 from .model import decode_completions, encode, load_model, load_tokenizer, save_model
-from .rewards import BASELINES, REWARDS, balance_rewards, decomposition_reward, first_of_each, inner_key
+from .rewards import BASELINES, REWARDS, advantages_of, balance_rewards, decomposition_reward, first_of_each, inner_key
 from .runs import (PlotHistory, RunLog, StopCleanly, WandbPanels, accounts, best_of, check_space, checkpoints, fingerprint, lower_is_better,
                            open_run, read_metrics, setting, show_progress, start_wandb, stop_wandb, write_json)
 from .trl_batching import ROLLOUTS, group_order, positions_from_mask, roll_out, share_groups, trie_logps
@@ -128,7 +128,7 @@ class BGRPOConfig(GRPOConfig):
     rollout: str = setting("beam", "where a group comes from: beam (BGRPO), sample (GRPO) or mixed (half of each)")
     reward: str = setting("rank", "what a right beam is worth: rank, simple or reverse_rank")
     balance_rewards: bool = setting(False, "scale negative rewards so that a group with right and wrong answers sums to zero")
-    baseline: str = setting("mean", "what a reward is compared with: the group's mean, or leave_one_out, the mean of the others")
+    baseline: str = setting("mean", "what makes an advantage of a reward: mean (of the group), leave_one_out, right_only (imitation) or minimum_risk")
     distinct_bonus: float = setting(0.0, "added to the reward of the best-ranked of equivalent right answers in a group")
     objective: str = setting("paper", "paper (mean baseline) or original (the original scripts' settings)")
     share_prefixes: bool = setting(True, "gradients over the group's trie; off: every row in full, as TRL does")
@@ -176,6 +176,8 @@ def _refuse(c: BGRPOConfig):
     if c.rollout not in ROLLOUTS: wrong(f"rollout {c.rollout!r} is not known; use one of {', '.join(ROLLOUTS)}")
     if c.reward not in REWARDS: wrong(f"reward {c.reward!r} is not known; use one of {', '.join(REWARDS)}")
     if c.baseline not in BASELINES: wrong(f"baseline {c.baseline!r} is not known; use one of {', '.join(BASELINES)}")
+    if c.baseline in ("right_only", "minimum_risk") and c.scale_rewards != "none":
+        wrong(f"baseline={c.baseline} knows no scale_rewards={c.scale_rewards}; use scale_rewards='none', or objective='paper'")
     if c.distinct_bonus < 0: wrong(f"distinct_bonus={c.distinct_bonus} would punish an answer for being new; use 0 or more")
     if c.num_generations < 2: wrong(f"num_generations={c.num_generations} leaves nothing to compare; a group needs 2 or more")
     if c.prompts_per_step < 1: wrong(f"prompts_per_step={c.prompts_per_step} leaves nothing to learn from; use 1 or more")
@@ -308,15 +310,23 @@ def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, complet
         self._metrics["train" if self.model.training else "eval"][f"groups/{name}"].append(sum(values) / len(values))
     if "beam_rank" in inputs[0]: self._log_completion_extra("beam_rank", [x["beam_rank"] for x in inputs])
     if self.args.distinct_bonus: rewards[:, 0] += self.args.distinct_bonus * torch.tensor([x for g in groups for x in first_of_each([""] * len(g), g)], device=rewards.device)
-    if not self.args.balance_rewards: return rewards
-    by_group = rewards.T.reshape(len(rewards.T), -1, self._group_size())
-    return torch.tensor([[balance_rewards(g) for g in column] for column in by_group.tolist()], device=rewards.device).reshape(len(rewards.T), -1).T
+    if self.args.balance_rewards:
+        by_group = rewards.T.reshape(len(rewards.T), -1, self._group_size())
+        rewards = torch.tensor([[balance_rewards(g) for g in column] for column in by_group.tolist()], device=rewards.device).reshape(len(rewards.T), -1).T
+    if self.args.baseline in ("right_only", "minimum_risk"):
+        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1).tolist()
+        scores = gather_object([x.get("beam_score", 0.0) for x in inputs])
+        self._advantages = advantages_of(totals, self._group_size(), self.args.baseline, scores)
+    return rewards
 
 @patch
 def _generate_and_score_completions(self: BGRPOTrainer, inputs) -> dict: # a batch, ready for the loss
-    "TRL's; against the mean of the others the advantage is G/(G-1) times the one against the mean of all"
+    "TRL's, with the advantages that `baseline` names"
     batch, G = super(BGRPOTrainer, self)._generate_and_score_completions(inputs), self._group_size()
-    if self.args.baseline == "leave_one_out": batch["advantages"] = batch["advantages"] * G / (G - 1)
+    if self.args.baseline == "leave_one_out": batch["advantages"] = batch["advantages"] * G / (G - 1)   # of those against the mean of all
+    elif self.args.baseline != "mean":
+        n = len(batch["advantages"])
+        batch["advantages"] = batch["advantages"].new_tensor(self._advantages[n * self.accelerator.process_index:][:n])
     return batch
 
 # %% ../nbs/09_trainer.ipynb #685cd6f8

@@ -297,6 +297,25 @@ def test_advantages_against_the_others(saved, tmp_path, rollout):
     assert seen[0]["ranks"] == ([0, 1, 2, 3] if rollout == "beam" else [0, 1, 2, 2]) * 4
 
 
+@pytest.mark.parametrize("baseline", ["right_only", "minimum_risk"])
+@pytest.mark.parametrize("rollout", ["beam", "sample"])
+def test_older_ways_to_learn_from_a_list(saved, tmp_path, baseline, rollout):
+    "Advantages from rewards and scores, in the order of the rows; the scores are the policy's own log-probabilities"
+    seen, batches = [], []
+    trainer = BGRPOTrainer(str(saved), by_length(seen), settings(tmp_path, baseline=baseline, rollout=rollout, max_steps=1, share_prefixes=False), prompts())
+    inner = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda x: (batches.append(inner(x)), batches[-1])[1]
+    trainer.train()
+    rewards = torch.tensor(seen[0]["rewards"]).view(-1, 4)
+    batch, start = batches[0], load_model(saved)
+    ids, mask = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1), torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad(): logits = start(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0][:, -batch["completion_ids"].shape[1]:]
+    q = (logps * batch["completion_mask"]).sum(1).view(-1, 4).softmax(1)
+    expected = (rewards > 0).float() if baseline == "right_only" else 4 * q * (rewards - (q * rewards).sum(1, keepdim=True))
+    torch.testing.assert_close(batch["advantages"].view(-1, 4), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_figure_is_replaced_in_a_notebook(tmp_path):
     "In a real kernel: two validations, one image, that of the second"
     import nbformat
