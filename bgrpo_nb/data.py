@@ -32,6 +32,7 @@ __all__ = ['Problem', 'compose_rows', 'format_rows', 'canonical_rows', 'polynomi
 # %% ../nbs/01_data.ipynb #3e5fdcf5
 import os
 import random
+from math import gcd
 from pathlib import Path
 from typing import Iterable, NamedTuple, Sequence
 
@@ -204,6 +205,18 @@ def _monomials(variables, degree): # exponent tuples of total degree <= degree
     if not variables: return [()]
     return [(e, *rest) for e in range(degree + 1) for rest in _monomials(variables - 1, degree - e)]
 
+def _canonical_parts(g, hs): # outer, inners of one variable each -> the same composition, inners in canonical form
+    "h = c H + d, with c and d moved into the outer polynomial"
+    ring, slots, moved, forms = hs[0].context(), g.context().gens(), [], []
+    for i, h in enumerate(hs):
+        terms = {e[i]: int(c) for e, c in h.to_dict().items()}
+        constant = terms.pop(0, 0)
+        c = gcd(*terms.values()) * (1 if terms[max(terms)] > 0 else -1) if terms else 0
+        moved.append(c * slots[i] + constant)
+        forms.append((h - constant) / c if terms else ring.gens()[i])
+    g = g.compose(*moved, ctx=g.context())
+    return g, [form if degree else x for form, degree, x in zip(forms, g.degrees(), ring.gens())]
+
 def generate_multivariate(n: int, # how many
                           variables: int = 3,    # of the outer polynomial, and inner polynomials
                           outer_degree: int = 2,
@@ -211,6 +224,7 @@ def generate_multivariate(n: int, # how many
                           coefficient_bound: int = 20,
                           density: float = 0.5,  # chance that a monomial stands in the outer polynomial
                           seed: int = 0,
+                          canonical: bool = False, # inner polynomials in canonical form, a variable that f lacks as itself
                           exclude: Iterable[Problem] = (),
                           ) -> list[Problem]: # answers `outer & inner0 & inner1 ...`, none trivial
     "Random problems f = g(h0(a0), h1(a1), ...)"
@@ -222,6 +236,7 @@ def generate_multivariate(n: int, # how many
         hs = [ring.from_dict({tuple(d * (i == j) for j in range(variables)): c for (d,), c in
                               _random_terms(rng, _monomials(1, inner_degree), coefficient_bound, 0.8).items()}) for i in range(variables)]
         if not len(g) or not all(map(len, hs)): return None
+        if canonical: g, hs = _canonical_parts(g, hs)
         return g.compose(*hs, ctx=ring), " & ".join([to_prefix(g), *map(to_prefix, hs)])
     return _collect(n, draw, seed, exclude)
 

@@ -5,8 +5,8 @@ Hugging Face object, so that any causal model can take its place. This module kn
 
 ## Tokenizer
 
-Three vocabularies: `single` (31 words) for one variable and `multi` (200 and more) for many, both the authors'; `compact` (1,152 tokens), in
-which frequent runs of words of `single` are one token. `□` pads, `⁇` ends a prompt and also ends an answer. There is no unknown word: a word
+Two vocabularies are the authors': `single` (31 words) for one variable and `multi` (174) for many. In `compact` and `compact_multi` (1,152 and 1,298
+tokens) frequent runs of their words are one token. `□` pads, `⁇` ends a prompt and also ends an answer. There is no unknown word: a word
 outside the vocabulary raises.
 
 ## Sizes
@@ -58,16 +58,24 @@ def vocabularies() -> dict[str, list[str]]: # name -> words in id order
     "The authors' two vocabularies"
     return json.loads((ASSETS / "vocabularies.json").read_text(encoding="utf-8"))
 
-COMPACT = r"\^ a P (?:1 [0-6]|[2-9])(?! \d)|\+ \* [PN]|[*+] [PN]|\d(?: \d){0,2}(?=(?: \d \d \d)*(?! \d))|\S+"
+COMPACT: dict[str, tuple[str, list[str]]] = { # name -> whose words it joins, and powers that are one token
+    "compact": ("single", [f"^ a P {' '.join(str(e))}" for e in range(2, 17)]),
+    "compact_multi": ("multi", [f"^ {v}{i} P {e}" for v in "ab" for i in range(3) for e in range(2, 5)]),
+}
+
+def _pieces(vocabulary) -> Regex:
+    "Powers, operators with their signs, digits in threes from the right, single words"
+    powers = "|".join(re.escape(p) for p in COMPACT[vocabulary][1])
+    return Regex(rf"(?:{powers})(?! \d)|\+ \* [PN]|[*+] [PN]|\d(?: \d){{0,2}}(?=(?: \d \d \d)*(?! \d))|\S+")
 
 @lru_cache
 def words_of(vocabulary: str) -> list[str]: # in id order
-    "Tokens of `single`, `multi` or `compact`; those of `compact` may hold several words"
+    "Tokens of a vocabulary; those of the compact ones may hold several words"
     if vocabulary in vocabularies(): return vocabularies()[vocabulary]
-    if vocabulary != "compact": raise ValueError(f"vocabulary {vocabulary!r} is not known; use 'single', 'multi' or 'compact'")
+    if vocabulary not in COMPACT: raise ValueError(f"vocabulary {vocabulary!r} is not known; use 'single', 'multi', 'compact' or 'compact_multi'")
+    base, powers = COMPACT[vocabulary]
     signs = [f"{before} {sign}" for before in ("+ *", "*", "+") for sign in "PN"]
-    powers = [f"^ a P {' '.join(str(e))}" for e in range(2, 17)]
-    return vocabularies()["single"] + signs + powers + [" ".join(f"{i:0{n}d}") for n in (2, 3) for i in range(10**n)]
+    return vocabularies()[base] + signs + powers + [" ".join(f"{i:0{n}d}") for n in (2, 3) for i in range(10**n)]
 
 def _find(name_or_path) -> Path:
     "A bundled model's folder, or the folder itself"
@@ -75,17 +83,17 @@ def _find(name_or_path) -> Path:
     return folder if (folder / "config.json").is_file() and Path(name_or_path).name == str(name_or_path) else Path(name_or_path)
 
 # %% ../nbs/02_model.ipynb #055bc4cf
-def load_tokenizer(name_or_path="single", # "single", "multi", "compact", a bundled model's name, or a folder
+def load_tokenizer(name_or_path="single", # a vocabulary, a bundled model's name, or a folder
                    ) -> PreTrainedTokenizerFast:
     "Word-level tokenizer with left padding; pads with `□`, ends with `⁇`, knows no unknown word"
-    if str(name_or_path) in (*vocabularies(), "compact"):
+    if str(name_or_path) in (*vocabularies(), *COMPACT):
         backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words_of(str(name_or_path)))}, unk_token=None))
-        backend.pre_tokenizer = Split(Regex(COMPACT), "removed", invert=True) if name_or_path == "compact" else WhitespaceSplit()
+        backend.pre_tokenizer = Split(_pieces(name_or_path), "removed", invert=True) if name_or_path in COMPACT else WhitespaceSplit()
         return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=END, padding_side="left",
                                        clean_up_tokenization_spaces=False)
     folder = _find(name_or_path)
     if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"no tokenizer at {name_or_path}; use 'single', 'multi', 'compact', {_bundled()} or a folder with tokenizer.json")
+        raise FileNotFoundError(f"no tokenizer at {name_or_path}; use {', '.join(map(repr, (*vocabularies(), *COMPACT)))}, {_bundled()} or a folder with tokenizer.json")
     return PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
 
 def _bundled() -> str: return " or ".join(repr(p.parent.name) for p in sorted(ASSETS.glob("*/config.json"))) or "'tiny'"
@@ -125,7 +133,7 @@ PRESETS: dict[str, dict] = {
 }
 
 def new_model(preset: str = "tiny",        # a key of PRESETS
-              vocabulary: str = "single",  # "single", "multi" or "compact"
+              vocabulary: str = "single",  # "single", "multi", "compact" or "compact_multi"
               seed: int = 0,               # of the initial weights; the global random state is left as it was
               position: str = "rotary",    # or "learned": the authors' architecture
               **overrides,                 # fields of the preset or of the Hugging Face configuration

@@ -49,7 +49,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 # %% ../nbs/04_sft.ipynb #f391ae31
-from .data import Problem, generate_problems, highest_first, polynomial_key, read_degrees, read_problems
+from .data import Problem, generate_multivariate, generate_problems, highest_first, polynomial_key, read_degrees, read_problems
 from .model import END, PRESETS, choose_attention, load_model, load_tokenizer, new_model, save_model, tokenize
 from .polynomial import canonical_inner
 from .runs import RunLog, StopCleanly, accounts, open_run, read_metrics, setting, show_progress, write_json
@@ -114,8 +114,10 @@ class SupervisedConfig(TrainingArguments):
     output_dir: str = setting("runs/sft", "the run folder")
     model: str | None = setting(None, "policy to go on from; a new one of the preset's size where it is left out")
     preset: str = setting("tiny", "size of a new policy: tiny, small or paper")
-    vocabulary: str = setting("single", "words of a new policy: single (one variable), compact (the same in longer tokens) or multi")
+    vocabulary: str = setting("single", "words of a new policy: single or multi (one variable or many), or the same in longer tokens: compact, compact_multi")
     problems: str | None = setting(None, "file of lines `expanded ⁇ answer` to train on; made afresh where it is left out")
+    kind: str = setting("univariate", "kind of the problems made afresh: univariate or multivariate")
+    variables: int = setting(3, "of a multivariate outer polynomial")
     degrees: list[str] = field(default_factory=lambda: ["2_2"], metadata={"help": "degrees of the problems made afresh, outer_inner, mixed evenly"})
     coefficient_bound: int = setting(20, "coefficients of the problems made afresh lie in [-bound, bound]")
     canonical: bool = setting(True, "targets in canonical form: no constant, coprime, leading coefficient above 0")
@@ -149,12 +151,19 @@ class SupervisedConfig(TrainingArguments):
         if self.preset not in PRESETS: raise ValueError(f"preset {self.preset!r} is not known; use one of {', '.join(PRESETS)}")
         if self.weights_dtype not in ("float32", "bfloat16"): raise ValueError(f"weights_dtype {self.weights_dtype!r} must be float32 or bfloat16")
         if self.optimizer not in ("muon", "adamw"): raise ValueError(f"optimizer {self.optimizer!r} is not known; use muon or adamw")
+        if self.kind not in ("univariate", "multivariate"): raise ValueError(f"kind {self.kind!r} is not known; use univariate or multivariate")
         if self.max_steps < 1: raise ValueError("max_steps must be 1 or more; the samples are made for a known number of steps")
         self.degrees = [self.degrees] if isinstance(self.degrees, str) else list(self.degrees)
         for text in self.degrees: read_degrees(text)
         super().__post_init__()
 
 # %% ../nbs/04_sft.ipynb #4a4d092e
+def _made(config, n, outer, inner, seed, exclude=()) -> list[Problem]:
+    "Problems of the config's kind"
+    common = dict(coefficient_bound=config.coefficient_bound, canonical=config.canonical, seed=seed, exclude=exclude)
+    if config.kind == "multivariate": return generate_multivariate(n, config.variables, outer, inner, **common)
+    return generate_problems(n, outer, inner, descending=config.descending, **common)
+
 def make_samples(config: SupervisedConfig, tokenizer,
                  ) -> tuple[ProblemStream, list[Problem]]: # training samples in their order, held-out problems
     "What a run is trained and validated on"
@@ -177,10 +186,9 @@ def make_samples(config: SupervisedConfig, tokenizer,
         held_out, train = [], []
         for k, (outer, inner) in enumerate(map(read_degrees, config.degrees)):
             def share(total): return total // len(config.degrees) + (k < total % len(config.degrees))
-            common = dict(coefficient_bound=config.coefficient_bound, canonical=config.canonical, descending=config.descending)
-            kept = generate_problems(share(config.held_out), outer, inner, seed=config.seed + 2**31, **common)
+            kept = _made(config, share(config.held_out), outer, inner, config.seed + 2**31)
             held_out += kept
-            train += generate_problems(share(n), outer, inner, seed=config.seed, exclude=kept, **common)
+            train += _made(config, share(n), outer, inner, config.seed, kept)
         train = [train[i] for i in rng.permutation(n)] if len(config.degrees) > 1 else train
     stream = ProblemStream(train, tokenizer)
     per_process = config.per_device_train_batch_size * config.world_size
