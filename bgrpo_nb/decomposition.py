@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from .beam_filter import search_problems
 from .data import Problem
-from .model import load_model, load_tokenizer
+from .model import VOCABULARIES, load_model, load_tokenizer, words_of
 from .polynomial import PrefixError, canonical_inner, decompose_exact, find_variables, from_sympy, parse, to_prefix
 
 _EXPRESSION = re.compile(r"(?:[a-z]\d*(?!\w)|[-+*/^()\d ])*", re.ASCII)
@@ -124,4 +124,4 @@ def decompose(f,          # SymPy expression, text such as "x**4 + 2*x**2 + 1", 
 
 
 def _words_of(model): # the vocabulary whose size the model has
-    return "single" if model.config.vocab_size == len(load_tokenizer("single")) else "multi"
+    return next((name for name in VOCABULARIES if len(words_of(name)) == model.config.vocab_size), "multi")

@@ -192,7 +192,7 @@ def test_a_file_that_cannot_be_learnt_from(config, tmp_path, make, fault):
     (dict(coefficient_bound=0), "1 or more"),
     (dict(coefficient_bound=1), "distinct problems"), (dict(model="nowhere"), "no model at nowhere"),
     (dict(resume=True), "leave out --resume"),
-    (dict(vocabulary="double", model=None), "'single', 'multi' or 'compact'")])
+    (dict(vocabulary="double", model=None), "'single', 'multi', 'compact', 'compact_multi'")])
 def test_a_wrong_setting(config, changes, fault):
     with pytest.raises((ValueError, OSError), match=fault) as error: train_policy(config(**changes))
     assert "\n" not in str(error.value)
