@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bgrpo_nb import sft
-from bgrpo_nb.data import Problem, generate_multivariate, generate_problems, polynomial_key, write_problems
+from bgrpo_nb.data import Problem, generate_multivariate, generate_problems, highest_first, polynomial_key, write_problems
 from bgrpo_nb.generation import greedy
 from bgrpo_nb.model import decode_completions, encode, load_model, load_tokenizer, new_model, save_model
-from bgrpo_nb.polynomial import canonical_inner
+from bgrpo_nb.polynomial import canonical_inner, verify
 from bgrpo_nb.runs import StopCleanly, checkpoints, read_metrics, where_to_resume
 from bgrpo_nb.sft import ProblemStream, SupervisedConfig, bucketed_order, collate, make_samples, train_policy
 
@@ -166,7 +166,20 @@ def test_held_out_problems_never_come_up_in_training(config, tmp_path):
     path = write_problems(tmp_path / "mine.txt", problems + turned)
     stream, held_out = make_samples(config(problems=str(path)), tokenizer)
     assert not keys(read_back(stream, tokenizer)) & keys(held_out), "the file holds each polynomial twice, in two writings"
-    assert all(p.answer == canonical_inner(p.answer) for p in read_back(stream, tokenizer) + held_out)
+    for p in read_back(stream, tokenizer) + held_out:
+        assert p.answer == highest_first(canonical_inner(p.answer)) and verify(p.expanded, p.answer)
+    rising, _ = make_samples(config(problems=str(path), descending=False), tokenizer)
+    assert all(p.answer == canonical_inner(p.answer) for p in read_back(rising, tokenizer))
+
+
+def test_several_variables(config):
+    tokenizer = load_tokenizer("compact_multi")
+    stream, held_out = make_samples(config(max_steps=4, kind="multivariate", degrees=["2_2"], vocabulary="compact_multi"), tokenizer)
+    made = read_back(stream, tokenizer)
+    assert len(made) == 64 and not keys(made) & keys(held_out)
+    for p in made + held_out:
+        assert verify(p.expanded, p.answer)
+        assert all(part == canonical_inner(part) for part in p.answer.split(" & ")[1:])
 
 
 def no_answers(path): return write_problems(path, [Problem("^ a P 4", "")] * 20)
