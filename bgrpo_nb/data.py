@@ -40,7 +40,8 @@ import numpy as np
 from flint import Ordering, fmpz_mpoly_ctx
 
 # %% ../nbs/01_data.ipynb #e351e539
-from .polynomial import PrefixError, coefficients, degree, find_variables, format_prefix, parse, to_html, to_prefix, verify
+from .notation import to_html
+from .polynomial import PrefixError, coefficients, degree, find_variables, format_prefix, parse, to_prefix, verify
 
 # %% ../nbs/01_data.ipynb #a78a27f0
 class Problem(NamedTuple):
