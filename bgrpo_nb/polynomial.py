@@ -13,8 +13,8 @@ terms ascend by degree. $3 - 12a^2$ is `+ P 3 * N 1 2 ^ a P 2`.
 ## Equivalence of inner polynomials
 
 $h$ and $c\,h + d$ give the same decompositions. `canonical_inner` picks one of each family: no constant, coprime coefficients, leading
-coefficient positive. It is the better *training target*, too: the constant and the sign of a published answer cannot be predicted
-from $f$.
+coefficient positive. It is the better *training target*, too: $f$ does not determine the constant and the sign of a published answer
+(`04_sft` counts what that costs).
 
 ## The verdict
 
