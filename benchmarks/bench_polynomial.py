@@ -8,7 +8,8 @@ import time
 from _record import record
 
 from bgrpo_nb.data import generate_problems
-from bgrpo_nb.polynomial import PrefixError, canonical_inner, coefficients, format_prefix, verify, verify_with_sympy
+from bgrpo_nb.notation import verify_with_sympy
+from bgrpo_nb.polynomial import PrefixError, canonical_inner, coefficients, format_prefix, verify
 
 FITTING, OTHER = 60, 20
 

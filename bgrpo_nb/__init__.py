@@ -10,6 +10,7 @@ Modules:
 - `bgrpo_nb.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face causal model; and a guide to the key-value cache.
 - `bgrpo_nb.kept`: What an evaluation has found, kept as it comes: one line a problem, one file for each policy, problems and settings.
 - `bgrpo_nb.model`: Three vocabularies, three sizes, and a door for the authors' checkpoints.
+- `bgrpo_nb.notation`: What people type, what SymPy computes with, what papers and pages print: each from prefix notation, and back.
 - `bgrpo_nb.packed`: Linear layers whose weights lie as the processor wants them, for as long as a search runs.
 - `bgrpo_nb.polynomial`: Prefix notation, and the algebra that says whether an answer decomposes a polynomial.
 - `bgrpo_nb.rewards`: What a right answer is worth in place k of a beam search, and how a group of rewards becomes a group of advantages.

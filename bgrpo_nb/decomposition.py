@@ -6,26 +6,8 @@ from typing import NamedTuple
 from .beam_filter import search_problems
 from .data import Problem
 from .model import VOCABULARIES, load_model, load_tokenizer, words_of
-from .polynomial import PrefixError, canonical_inner, decompose_exact, find_variables, from_sympy, parse, to_prefix
-
-_EXPRESSION = re.compile(r"(?:[a-z]\d*(?!\w)|[-+*/^()\d ])*", re.ASCII)
-_NUMBER = re.compile(r"([PN])((?: \d)+)(?: / P((?: \d)+))?")
-
-
-def _to_expression(text): # a SymPy expression
-    "Prefix notation, rational coefficients such as `P 1 / P 2` among them; what `verify` accepted, so nothing is large"
-    import sympy
-    stack, numbers = [], []
-    def number(m):
-        top, bottom = (int((part or "1").replace(" ", "")) for part in m.group(2, 3))
-        numbers.append(sympy.Rational(top if m[1] == "P" else -top, bottom))
-        return f"#{len(numbers) - 1}"
-    for token in reversed(_NUMBER.sub(number, text).split()):
-        if token in ("+", "*", "^"):
-            left, right = stack.pop(), stack.pop()
-            stack.append(left + right if token == "+" else left * right if token == "*" else left ** right)
-        else: stack.append(numbers[int(token[1:])] if token[0] == "#" else sympy.Symbol(token))
-    return stack[0]
+from .notation import from_sympy, from_text, to_sympy
+from .polynomial import PrefixError, TooLargeError, canonical_inner, decompose_exact, find_variables
 
 
 class Decomposition(NamedTuple):
@@ -39,9 +21,9 @@ class Decomposition(NamedTuple):
 
     def to_sympy(self): # (g, (h, ...)): SymPy expressions, h in the variable of f
         "The outer polynomial, and the inner ones"
-        names, inners = find_variables(self.inner.split()), [_to_expression(part) for part in self.inner.split(" & ")]
+        names, inners = find_variables(self.inner.split()), [to_sympy(part) for part in self.inner.split(" & ")]
         if len(names) == 1 and "&" not in self.inner: inners = [inners[0].subs(names[0], self.variable)]
-        return _to_expression(self.outer), tuple(inners)
+        return to_sympy(self.outer), tuple(inners)
 
     def formulas(self, write=str) -> list[tuple[str, str]]: # (left side, right side), written by `write`
         "g and every h"
@@ -74,25 +56,12 @@ class Decompositions(list):
     def _repr_html_(self): return "".join(f"<p>{d._repr_html_()}</p>" for d in self) or "<p>no decomposition</p>"
 
 
-def _words(e): # prefix notation of a SymPy tree as it stands
-    if e.is_Symbol: return [e.name]
-    if e.is_Integer: return ["N" if e < 0 else "P", *str(abs(int(e)))]
-    operator = {"Add": "+", "Mul": "*", "Pow": "^"}[type(e).__name__]
-    return [operator] * (len(e.args) - 1) + [w for part in e.args for w in _words(part)]
-
-
 def read_polynomial(f): # (prefix notation in the policy's variables, the variable that f was written in)
     "SymPy expression, ordinary notation or prefix notation -> prefix notation; ValueError says what was expected"
-    if isinstance(f, str):
-        try: text = f.strip().rstrip("⁇").strip(); parse(text); return _rename(text)
-        except PrefixError as fault:
-            import sympy
-            try:  # parse_expr evaluates what it reads, so nothing but numbers, variables and operators may reach it
-                if not _EXPRESSION.fullmatch(f): raise ValueError
-                text = " ".join(_words(sympy.parse_expr(f.replace("^", "**"), evaluate=False)))
-            except Exception: raise ValueError(f"{f!r} is neither prefix notation ({fault}) nor an expression such as x**4 + 2*x**2 + 1, in variables such as x and a0") from None
-            return _rename(to_prefix(parse(text), (find_variables(text.split()) or "a")[0]))   # parse bounds the size, which SymPy would not
-    return _rename(from_sympy(f))
+    if not isinstance(f, str): return _rename(from_sympy(f))
+    try: return _rename(from_text(f.strip().rstrip("⁇")))
+    except TooLargeError: raise
+    except PrefixError as e: raise ValueError(f"{f[:60]!r} is neither prefix notation nor an expression such as x**4 + 2*x**2 + 1: {e}") from None
 
 
 def _rename(text): # one variable is always `a`

@@ -14,7 +14,7 @@ outside the vocabulary raises.
 | preset | layers × width | heads | parameters | for |
 |---|---|---|---|---|
 | `tiny` | 5 × 192 | 6 | 2.2 M | bundled; two CPU cores |
-| `small` | 6 × 256 | 8 | 4.2 M (4.8 M with `compact`) | all nine degrees |
+| `small` | 6 × 256 | 8 | 4.2 M (4.8 M with `compact`) | all nine degrees, 2∘2 to 4∘4 |
 | `paper` | 6 × 512 | 8 | 19 M | the authors' size |
 
 ## Load and save
@@ -232,7 +232,7 @@ def _to_gpt2(state: dict) -> dict:
         for p in ("weight", "bias"):
             for n in (1, 2): out[f"{ours}ln_{n}.{p}"] = state[f"{theirs}ln{n}.{p}"]
             joined = torch.cat([state[f"{theirs}attn.{name}.{p}"] for name in ("query", "key", "value")])
-            out[f"{ours}attn.c_attn.{p}"] = joined.T.contiguous() if p == "weight" else joined
+            out[f"{ours}attn.c_attn.{p}"] = _turn(joined)
             for a, b in _LINEAR.items(): out[f"{ours}{b}.{p}"] = _turn(state[f"{theirs}{a}.{p}"])
     return out
 
@@ -247,8 +247,8 @@ def _from_gpt2(state: dict) -> dict:
         ours, theirs = f"transformer.h.{i}.", f"blocks.{i}."
         for p in ("weight", "bias"):
             for n in (1, 2): out[f"{theirs}ln{n}.{p}"] = state[f"{ours}ln_{n}.{p}"]
-            joined = state[f"{ours}attn.c_attn.{p}"]
-            for name, part in zip(("query", "key", "value"), joined.T.chunk(3)): out[f"{theirs}attn.{name}.{p}"] = part
+            joined = _turn(state[f"{ours}attn.c_attn.{p}"])
+            for name, part in zip(("query", "key", "value"), joined.chunk(3)): out[f"{theirs}attn.{name}.{p}"] = part
             for a, b in _LINEAR.items(): out[f"{theirs}{a}.{p}"] = _turn(state[f"{ours}{b}.{p}"])
     return {k: v.clone().contiguous() for k, v in out.items()}
 

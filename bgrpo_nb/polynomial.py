@@ -1,20 +1,20 @@
 r"""Prefix notation, and the algebra that says whether an answer decomposes a polynomial.
 
-A policy is given an expanded polynomial $f$ and writes an inner polynomial $h$. The answer is right when some outer polynomial $g$
-satisfies $f = g \circ h$. Nobody has to trust the policy, or a float: division decides. `verify` returns a `Verdict` with a reason,
-for any text at all, in microseconds; the task is that of Lee, Huh, Su and Yu,
+A *policy*, the model that is trained, is given an expanded polynomial $f$ and writes a *completion*: an inner polynomial $h$. It is right
+when some outer polynomial $g$ satisfies $f = g \circ h$. Nobody has to trust the policy, or a float: division decides. `verify` returns a
+`Verdict` with a reason, for any text at all, in microseconds; the task is that of Lee, Huh, Su and Yu,
 [arXiv 2508.15766](https://arxiv.org/abs/2508.15766).
 
 ## Prefix notation
 
 `+`, `*` and `^` take two operands and stand before them; a number is `P` (positive) or `N` (negative) and its digits, one token each;
-terms ascend by degree. $3 - 12x^2$ is `+ P 3 * N 1 2 ^ a P 2`.
+terms ascend by degree. $3 - 12a^2$ is `+ P 3 * N 1 2 ^ a P 2`.
 
 ## Equivalence of inner polynomials
 
 $h$ and $c\,h + d$ give the same decompositions. `canonical_inner` picks one of each family: no constant, coprime coefficients, leading
-coefficient positive. As a *training target* it matters more than any architecture: the constant and the sign of a published answer
-cannot be predicted from $f$.
+coefficient positive. It is the better *training target*, too: $f$ does not determine the constant and the sign of a published answer
+(`04_sft` counts what that costs).
 
 ## The verdict
 
@@ -30,13 +30,11 @@ coefficients. Take the root as a power series, and let division decide."""
 
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEGREE', 'MAX_BITS', 'MAX_WORK', 'OPERATORS', 'VARIABLE', 'WHY', 'REASONS', 'PrefixError',
-           'TooLargeError', 'find_variables', 'parse', 'degree', 'format_prefix', 'to_prefix', 'coefficients',
-           'to_sympy', 'from_sympy', 'from_text', 'to_latex', 'to_html', 'canonical_coefficients', 'canonical_inner',
-           'same_inner', 'Verdict', 'base_digits', 'is_formed', 'read_terms', 'verify', 'verify_batch',
-           'verify_with_sympy', 'decompose_exact']
+           'TooLargeError', 'find_variables', 'parse', 'degree', 'format_prefix', 'format_terms', 'to_prefix',
+           'coefficients', 'canonical_coefficients', 'canonical_inner', 'same_inner', 'Verdict', 'base_digits',
+           'is_formed', 'read_terms', 'verify', 'verify_batch', 'decompose_exact']
 
 # %% ../nbs/00_polynomial.ipynb #1ed7e530
-import ast
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,7 +64,7 @@ VARIABLE = re.compile(r"[a-z]\d{0,6}", re.ASCII)
 def find_variables(tokens: Sequence[str], # words of prefix notation
                    ) -> tuple[str, ...]:  # distinct variables, in natural order
     "The variables that a text uses: a letter, with up to six digits behind it"
-    return tuple(sorted((t for t in set(tokens) if VARIABLE.fullmatch(t)), key=lambda v: (v[0], int(v[1:] or 0))))
+    return tuple(sorted((t for t in set(tokens) if VARIABLE.fullmatch(t)), key=lambda v: (v[0], int(v[1:] or 0), v)))
 
 # %% ../nbs/00_polynomial.ipynb #723f9487
 class _Budget:
@@ -183,14 +181,19 @@ def format_prefix(coefficients: Sequence[int], # ascending degree
     "Prefix notation of a univariate polynomial"
     return _sum([_term(int(c), [(variable, d)]) for d, c in enumerate(coefficients) if c])
 
+def format_terms(terms: dict, # exponents, one for each variable -> integer coefficient
+                 variables: Sequence[str],
+                 ) -> str: # prefix notation, terms ascending by degree
+    "Prefix notation of a multivariate polynomial"
+    ordered = sorted(((tuple(map(int, e)), int(c)) for e, c in terms.items() if c), key=lambda t: (sum(t[0]), tuple(-e for e in t[0])))
+    return _sum([_term(c, list(zip(variables, exponents))) for exponents, c in ordered])
+
 def to_prefix(polynomial, # fmpz_poly or fmpz_mpoly
               variable: str = "a", # name of the variable of an fmpz_poly
               ) -> str: # prefix notation, terms ascending by degree
     "Prefix notation of a flint polynomial"
     if isinstance(polynomial, fmpz_poly): return format_prefix([int(c) for c in polynomial.coeffs()], variable)
-    names = polynomial.context().names()
-    terms = sorted(polynomial.to_dict().items(), key=lambda t: (sum(t[0]), tuple(-e for e in t[0])))
-    return _sum([_term(int(c), list(zip(names, (int(e) for e in exps)))) for exps, c in terms])
+    return format_terms(polynomial.to_dict(), polynomial.context().names())
 
 def coefficients(text: str, # prefix notation in at most one variable
                  ) -> list[int]: # ascending degree
@@ -198,75 +201,6 @@ def coefficients(text: str, # prefix notation in at most one variable
     p = parse(text)
     if not isinstance(p, fmpz_poly): raise PrefixError(f"one variable was expected, not {', '.join(p.context().names())}")
     return [int(c) for c in p.coeffs()]
-
-# %% ../nbs/00_polynomial.ipynb #73bfb023
-_FRACTION = re.compile(r"([PN](?: \d)+) / P((?: \d)+)", re.ASCII)
-
-def to_sympy(text: str): # a SymPy expression
-    "SymPy expression of prefix notation; of a verdict's outer polynomial, too, whose coefficients may read `P 1 / P 2`"
-    import sympy
-    if fraction := _FRACTION.search(text):
-        inverse = next(v for v in map("z{}".format, range(64)) if v not in text.split())
-        whole = to_sympy(f"{text[:fraction.start()]}* {fraction[1]} {inverse}{text[fraction.end():]}")
-        return whole.subs(inverse, sympy.Rational(1, int(fraction[2].replace(" ", ""))))
-    p = parse(text)
-    if isinstance(p, fmpz_poly):
-        names = find_variables(text.split()) or ("a",)
-        terms = {(d,): c for d, c in enumerate(p.coeffs())}
-    else: names, terms = p.context().names(), p.to_dict()
-    return sympy.Add(*(int(c) * sympy.Mul(*(sympy.Symbol(v) ** int(e) for v, e in zip(names, exps))) for exps, c in terms.items()))
-
-def from_sympy(expression, # SymPy expression with integer coefficients and variables such as x, a0
-               ) -> str: # prefix notation, expanded
-    "Prefix notation of a SymPy expression; PrefixError where it is no polynomial with integer coefficients"
-    import sympy
-    try: p = sympy.Poly(sympy.sympify(expression), *sorted(sympy.sympify(expression).free_symbols, key=str) or [sympy.Symbol("a")])
-    except sympy.PolynomialError as e: raise PrefixError(f"{expression} is not a polynomial: {e}") from None
-    names = [str(s) for s in p.gens]
-    if bad := [n for n in names if not VARIABLE.fullmatch(n)]: raise PrefixError(f"rename {bad}: a variable is a letter and digits, x or a0")
-    if not all(c.is_Integer for c in p.coeffs()): raise PrefixError(f"{expression} has coefficients that are not integers; multiply them out")
-    terms = sorted(p.terms(), key=lambda t: (sum(t[0]), tuple(-e for e in t[0])))
-    return _sum([_term(int(c), list(zip(names, e))) for e, c in terms if c])
-
-# %% ../nbs/00_polynomial.ipynb #95662d3e
-_ORDINARY = {ast.Add: "+ {} {}", ast.Sub: "+ {} * N 1 {}", ast.Mult: "* {} {}", ast.Pow: "^ {} {}", ast.USub: "* N 1 {}", ast.UAdd: "{}"}
-
-def _words(node) -> str: # prefix notation
-    "Ordinary notation, read by Python's parser"
-    if isinstance(node, ast.Name) and VARIABLE.fullmatch(node.id): return node.id
-    if isinstance(node, ast.Constant) and type(node.value) is int: return _number(node.value)
-    form = _ORDINARY.get(type(getattr(node, "op", None)))
-    parts = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand] if isinstance(node, ast.UnaryOp) else []
-    if not form or not parts: raise PrefixError(f"`{ast.unparse(node)[:40]}` is no part of a polynomial with integer coefficients")
-    return form.format(*map(_words, parts))
-
-def from_text(text: str, # ordinary notation such as x**4 + 2x^2 - 1, or prefix notation
-              ) -> str:  # prefix notation, expanded; variables keep their names
-    "Prefix notation of what a person typed; PrefixError says what is wrong with it"
-    if len(text) > MAX_CHARS: raise TooLargeError(f"{len(text)} characters are more than {MAX_CHARS}")
-    try: return to_prefix(parse(text), (find_variables(text.split()) or ("a",))[0])
-    except TooLargeError: raise
-    except PrefixError:
-        if text.split()[:1] and text.split()[0] in {"P", "N", *OPERATORS - {"+"}}: raise   # prefix notation, and wrong
-    plain = re.sub(r"(\d|\))\s*(?=[a-z(])|(?<=[a-z])\s*(?=\()", r"\1*", text.replace("^", "**"), flags=re.ASCII)
-    try: words = _words(ast.parse(plain.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        if isinstance(e, PrefixError): raise
-        raise PrefixError(f"{text[:60]!r} cannot be read; write for instance x**4 + 2*x**2 + 1, or + P 3 * N 1 2 ^ a P 2") from None
-    return to_prefix(parse(words), (find_variables(words.split()) or ("a",))[0])
-
-# %% ../nbs/00_polynomial.ipynb #3bc3e5d1
-def to_latex(text: str) -> str: # without dollar signs
-    "LaTeX of prefix notation"
-    import sympy
-    return sympy.latex(to_sympy(text))
-
-def to_html(polynomial) -> str: # prefix notation (several polynomials apart by `&`), or a SymPy expression
-    "Ordinary notation as HTML"
-    if isinstance(polynomial, str) and "&" in polynomial: return " &amp; ".join(map(to_html, polynomial.split("&")))
-    written = str(to_sympy(polynomial) if isinstance(polynomial, str) else polynomial)
-    ordinary = re.sub(r"([a-z])(\d*)", lambda m: f"<i>{m[1]}</i>" + f"<sub>{m[2]}</sub>" * bool(m[2]), written)
-    return re.sub(r"\*\*(\d+)", r"<sup>\1</sup>", ordinary).replace("*", "\N{THIN SPACE}").replace("-", "\N{MINUS SIGN}")
 
 # %% ../nbs/00_polynomial.ipynb #26fdd67d
 def canonical_coefficients(h: Sequence[int], # ascending degree
@@ -319,9 +253,6 @@ class Verdict:
 
     def __bool__(self): return self.valid
     def __repr__(self): return f"Verdict({self.valid}, {self.reason!r}" + (f", {self.outer!r})" if self.outer else ")")
-    def _repr_html_(self):
-        says = f"g = {to_html(self.outer)}" if self.outer else WHY[self.reason]
-        return f'<span style="color:{"#0072B2" if self.valid else "#D55E00"}">{"✓" if self.valid else "✗"} <b>{self.reason}</b></span>: {says}'
 
 # %% ../nbs/00_polynomial.ipynb #c2186664
 def base_digits(f: fmpq_poly, # the polynomial to be written in base h
@@ -507,22 +438,6 @@ def verify_batch(problems: Sequence[str], completions: Sequence[str | None], dom
     "`verify` for each pair"
     if len(problems) != len(completions): raise ValueError(f"{len(problems)} problems and {len(completions)} completions; give one each")
     return [verify(p, c, domain, allow_trivial) for p, c in zip(problems, completions)]
-
-# %% ../nbs/00_polynomial.ipynb #13274436
-def verify_with_sympy(problem: str, # univariate, prefix notation
-                      inner: str,   # prefix notation
-                      domain: str = "QQ",
-                      ) -> bool:
-    "The slow and obvious check of a univariate inner polynomial, trivial ones refused"
-    import sympy
-    a = sympy.Symbol("a")
-    f, h = sympy.Poly(to_sympy(problem), a), sympy.Poly(to_sympy(inner), a)
-    if h.degree() < 2 or h.degree() >= f.degree() or f.degree() % h.degree(): return False
-    unknowns = sympy.symbols(f"c0:{f.degree() // h.degree() + 1}")
-    candidate = sum((c * h.as_expr() ** k for k, c in enumerate(unknowns)), sympy.Integer(0))
-    equations = sympy.Poly(sympy.expand(candidate - f.as_expr()), a).coeffs()
-    solution = sympy.linsolve(equations, *unknowns)
-    return bool(solution) and (domain == "QQ" or all(c.is_Integer for c in next(iter(solution))))
 
 # %% ../nbs/00_polynomial.ipynb #7576fabf
 def _root(f: Sequence[int], # ascending coefficients

@@ -66,7 +66,8 @@ from .data import Problem
 from .evaluation import beam_rank_score, use_style
 from .generation import beam_search
 from .model import decode_completions, encode, load_model, load_tokenizer
-from .polynomial import PrefixError, Verdict, decompose_exact, degree, find_variables, from_text, to_html, to_latex, to_sympy, verify
+from .notation import from_text, to_html, to_latex, to_sympy
+from .polynomial import PrefixError, Verdict, decompose_exact, degree, find_variables, verify
 from .rewards import REWARDS, advantages_of, rewards_of
 from .runs import checkpoints, read_metrics
 from .trl_batching import trie_logps

@@ -18,7 +18,8 @@ from bgrpo_nb.data import Problem, generate_multivariate, generate_on_singlets, 
 from bgrpo_nb.evaluation import METRICS, Difference, Report, Row, beam_rank_score, bootstrap, compare, decompose, evaluate, wilson
 from bgrpo_nb.generation import sample
 from bgrpo_nb.model import decode_completions, encode, load_model, load_tokenizer
-from bgrpo_nb.polynomial import Verdict, canonical_inner, decompose_exact, degree, to_sympy, verify
+from bgrpo_nb.notation import to_sympy
+from bgrpo_nb.polynomial import Verdict, canonical_inner, decompose_exact, degree, verify
 from bgrpo_nb.rewards import REWARDS, advantages_of, balance_rewards, decomposition_reward, first_of_each, inner_key, leave_one_out, rewards_of
 
 steady = settings(derandomize=True, deadline=None, database=None)
