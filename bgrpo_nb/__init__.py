@@ -4,6 +4,7 @@ Modules:
 
 - `bgrpo_nb.analysis`: From finished runs to one table, and from the table to what may be said: which setting is better, by how much, and whether chance would do the same.
 - `bgrpo_nb.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to find.
+- `bgrpo_nb.beam_tree`: All beams of a prompt as one tree of tokens: the prompt read once, each token written once, for any Hugging Face causal model.
 - `bgrpo_nb.cli`: `bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | analyze | convert`
 - `bgrpo_nb.data`: Make, read, write, filter, mix and split decomposition problems.
 - `bgrpo_nb.evaluation`: What a policy can do greedily, with beams and with samples; every figure with its interval, every difference with its own.

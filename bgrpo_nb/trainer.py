@@ -101,10 +101,11 @@ from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 # %% ../nbs/09_trainer.ipynb #59b4c378
 from .beam_filter import answer_tokens, in_batches
+from .beam_tree import why_no_tree
 from .data import Problem, generate_multivariate, generate_on_singlets, generate_problems, mix, polynomial_key, read_degrees, read_problems, split
 from .evaluation import METRICS, plot_history
 from .evaluation import evaluate as measure
-from .generation import sample, why_no_tree
+from .generation import sample
 from .model import decode_completions, encode, load_model, load_tokenizer, save_model
 from .rewards import BASELINES, REWARDS, advantages_of, balance_rewards, decomposition_reward, first_of_each, inner_key
 from .runs import (PlotHistory, RunLog, StopCleanly, WandbPanels, accounts, best_of, check_space, checkpoints, fingerprint, lower_is_better,

@@ -48,7 +48,8 @@ from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import Tensor
 
 # %% ../nbs/08_trl_batching.ipynb #6232418c
-from .generation import beam_search, sample, tree_attention_on
+from .beam_tree import tree_attention_on
+from .generation import beam_search, sample
 
 # %% ../nbs/08_trl_batching.ipynb #2d7cbbbe
 def check_groups(prompts: Sequence,    # of all processes, in order

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bgrpo_nb"
-FLOORS = ["polynomial", "notation", "data", "model", "packed", "generation", "processes", "runs", "sft", "rewards", "beam_filter", "kept", "figures", "tables",
+FLOORS = ["polynomial", "notation", "data", "model", "beam_tree", "packed", "generation", "processes", "runs", "sft", "rewards", "beam_filter", "kept", "figures", "tables",
           "decomposition", "evaluation", "testsets", "trl_batching", "trainer", "sweeps", "sweep_launcher", "run_sources", "run_figures", "run_report",
           "analysis", "widgets", "cli", "__main__"]
 UNKNOWN = {  # what a floor knows nothing of (design: the house)
@@ -15,7 +15,7 @@ UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "notation": {"torch", "transformers", "trl"},
     "data": {"torch", "transformers", "trl"},
     "model": {"trl", "bgrpo_nb.data", "bgrpo_nb.notation", "bgrpo_nb.polynomial"},
-    "generation": {"trl", "bgrpo_nb.polynomial", "bgrpo_nb.notation", "bgrpo_nb.data"},
+    **dict.fromkeys(("beam_tree", "generation"), {"trl", "bgrpo_nb.polynomial", "bgrpo_nb.notation", "bgrpo_nb.data"}),
     "sft": {"trl"},
     "rewards": {"torch", "transformers", "trl", "bgrpo_nb.model", "bgrpo_nb.generation"},
     "widgets": {"trl", "bgrpo_nb.trainer", "bgrpo_nb.sweeps"},

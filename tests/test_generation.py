@@ -1,6 +1,7 @@
 "Beam search, sampling and greedy decoding over a shared prefix: equal to `generate` and to a naive loop, for every family and every shape."
 import inspect
 import warnings
+from copy import deepcopy
 from functools import lru_cache
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bgrpo_nb.generation import TREE_ATTENTION, PrefixGrammar, beam_search, greedy, sample, why_no_tree
+from bgrpo_nb.beam_tree import TREE_ATTENTION, why_no_tree
+from bgrpo_nb.generation import PrefixGrammar, beam_search, greedy, sample
 from bgrpo_nb.model import choose_attention, load_tokenizer
 
 V = 13
@@ -192,6 +194,47 @@ def test_settings_come_back_after_an_exception(static):
     finally: model.eval()
 
 
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=8)
+TRAINED = {name: FAMILIES[name] for name in ("gpt2", "opt", "llama", "gemma3")} | dict(
+    longrope=(T.LlamaConfig, dict(SHAPE, rope_parameters=LONGROPE)),       # keeps other frequencies once a text is longer than 8 tokens
+    windows=(T.MistralConfig, dict(GROUPED, sliding_window=10)), mamba=(T.MambaConfig, dict(vocab_size=V, hidden_size=32, num_hidden_layers=2,
+                                                                                           state_size=4, eos_token_id=None)))  # these by `generate`
+
+
+@pytest.mark.filterwarnings("ignore:.*goes through generate")
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_step_after_a_search(name):
+    "Searches run in inference mode: what they return, and what they leave in a model, must not be in the way of gradients"
+    kind, shape = TRAINED[name]
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(kind(**shape)).eval()
+    model.generation_config.eos_token_id = None
+    twin, prompt = deepcopy(model), PROMPTS[1:]                  # the twin never searches
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+
+    def train(m, optimizer, found):
+        rows = torch.cat([prompt.expand(len(found.sequences[0]), -1), found.sequences[0]], 1)
+        logp = m(rows).logits[:, 5:-1].log_softmax(-1).gather(2, found.sequences[0][..., None])[..., 0]
+        optimizer.zero_grad()
+        (found.scores[0].softmax(0)[:, None] * logp).sum().backward()
+        assert sum(p.grad.norm() for p in m.parameters() if p.grad is not None) > 0
+        optimizer.step()
+
+    def breaks(ids, scores): raise ZeroDivisionError
+    for search, how in ((beam_search, dict(num_beams=4)), (sample, dict(num_return_sequences=3, generator=None))):
+        with pytest.raises(ZeroDivisionError): search(model, prompt, logits_processor=breaks, **how, **NO_END)
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        found = search(model, prompt, **how, **NO_END)
+        assert not any(x.is_inference() for x in found)
+        assert torch.autograd.grad(found.scores.requires_grad_().exp().sum(), found.scores)[0].equal(found.scores.exp())
+        for m, optimizer in zip((model, twin), optimizers): train(m, optimizer, found._replace(scores=found.scores.detach()))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+    sequences, scores = by_generate(twin, prompt, torch.ones_like(prompt), 4, 8)
+    after = beam_search(model, prompt, num_beams=4, **NO_END)   # sees the new weights
+    assert torch.equal(after.sequences, sequences)
+    torch.testing.assert_close(after.scores, scores, atol=1e-4, rtol=0)
+
+
 def test_the_prompt_is_read_once():
     with Forwards(family("llama")) as forwards: sample(family("llama"), PROMPTS, MASK, num_return_sequences=9, **NO_END)
     assert forwards.shapes == [(2, 6)] + [(2, 9)] * 7
@@ -293,6 +336,20 @@ def test_the_grammar_in_generate_and_in_beams():
         else: well_formed(words)
 
 
+def test_the_grammar_of_a_search_in_a_training_step():
+    "Made and first used in inference mode, as a search does it; then on the way of gradients"
+    tokenizer = load_tokenizer("single")
+    with torch.inference_mode():
+        inside = PrefixGrammar(tokenizer, prompt_length=0)
+        inside(torch.tensor([[1]]), torch.zeros(1, len(tokenizer)))
+    outside, ids, got = PrefixGrammar(tokenizer, prompt_length=0), torch.tensor([tokenizer.convert_tokens_to_ids("+ * P 2".split())] * 2), []
+    for grammar in (inside, outside):
+        logits = torch.zeros(2, len(tokenizer), requires_grad=True)
+        grammar(ids, logits.log_softmax(-1)).logsumexp(-1).sum().backward()
+        got.append(logits.grad)
+    assert torch.equal(*got) and got[0].abs().sum() > 0
+
+
 class Operations(TorchDispatchMode):
     "Every operation with the shapes it is given; those that make the host wait, apart"
     WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
@@ -378,7 +435,7 @@ def test_transformers_still_has_the_interfaces_that_a_tree_stands_on():
     for name, function in found.items():
         parameters = tuple(inspect.signature(function).parameters)
         assert parameters[:len(EXPECTED[name])] == EXPECTED[name], (
-            f"transformers {T.__version__} changed {name}: its parameters begin {parameters[:len(EXPECTED[name])]}, 03_generation expects "
+            f"transformers {T.__version__} changed {name}: its parameters begin {parameters[:len(EXPECTED[name])]}, 02a_beam_tree expects "
             f"{EXPECTED[name]}; read TreeCache, _TreeLayer, tree_attention and _whole_mask again")
 
 
