@@ -22,7 +22,7 @@ TITLES = {page: re.search(r"^# (.+)$", next(c.source for c in nbformat.read(REPO
           for page in LISTED}
 
 
-def address(page): return re.sub(r"(^|/)\d\d_", r"\1", page).replace(".ipynb", ".html")
+def address(page): return re.sub(r"(^|/)\d\d[a-z]?_", r"\1", page).replace(".ipynb", ".html")
 
 
 def need_npm():
