@@ -31,6 +31,9 @@ from trl.trainer.utils import RepeatSampler
 # %% ../nbs/08a_exact_resume.ipynb #4fc296da
 from .runs import checkpoints
 
+# %% ../nbs/08a_exact_resume.ipynb #8bf4dd79
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning) # TRL's own use of the old name
+
 # %% ../nbs/08a_exact_resume.ipynb #fdd3f46f
 class EpochSampler(RepeatSampler):
     "TRL's order of rows, which a new process finds again"
@@ -72,7 +75,7 @@ def _load_rng_state(self: ResumableGRPOTrainer, checkpoint):
     super(ResumableGRPOTrainer, self)._load_rng_state(checkpoint)
     if checkpoint is None: return
     if not self._pending(checkpoint).exists():
-        return warnings.warn(f"{checkpoint} was not written by {self.args.world_size} processes; training goes on from its weights, not from the same batch")
+        return warnings.warn(f"{checkpoint} was not written by {self.args.world_size} process{'es' * (self.args.world_size > 1)}; training goes on from its weights, not from the same batch")
     device = "cpu" if self.args.device.type == "cpu" else self.args.device       # a process among several names its CPU cpu:0
     found = torch.load(self._pending(checkpoint), map_location=device, weights_only=True)
     self._step, self._buffered_inputs, self._tr_loss, self._globalstep_last_logged = (found[k] for k in ("step", "buffer", "loss", "logged"))

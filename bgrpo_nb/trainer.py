@@ -107,9 +107,6 @@ from .runs import (PlotHistory, RunLog, StopCleanly, WandbPanels, accounts, best
                            open_run, read_metrics, setting, show_progress, start_wandb, stop_wandb, write_json)
 from .trl_batching import ROLLOUTS, group_order, positions_from_mask, roll_out, share_groups, trie_logps
 
-# %% ../nbs/09_trainer.ipynb #8bf4dd79
-warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning) # TRL's own use of the old name
-
 # %% ../nbs/09_trainer.ipynb #42bcb3fc
 OBJECTIVES: dict[str, dict] = {
     "paper":    dict(scale_rewards="none", loss_type="grpo", beta=0.0, num_iterations=1, max_grad_norm=1.0, use_bias_correction_kl=True),
