@@ -8,6 +8,7 @@ Modules:
 - `bgrpo_nb.cli`: `bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | analyze | convert`
 - `bgrpo_nb.data`: Make, read, write, filter, mix and split decomposition problems.
 - `bgrpo_nb.evaluation`: What a policy can do greedily, with beams and with samples; every figure with its interval, every difference with its own.
+- `bgrpo_nb.exact_resume`: A `GRPOTrainer` that was killed goes on as it would have gone on: the same prompts, the same completions, the same loss.
 - `bgrpo_nb.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face causal model; and a guide to the key-value cache.
 - `bgrpo_nb.kept`: What an evaluation has found, kept as it comes: one line a problem, one file for each policy, problems and settings.
 - `bgrpo_nb.model`: Three vocabularies, three sizes, and a door for the authors' checkpoints.
@@ -15,12 +16,14 @@ Modules:
 - `bgrpo_nb.packed`: Linear layers whose weights lie as the processor wants them, for as long as a search runs.
 - `bgrpo_nb.polynomial`: Prefix notation, and the algebra that says whether an answer decomposes a polynomial.
 - `bgrpo_nb.rewards`: What a right answer is worth in place k of a beam search, and how a group of rewards becomes a group of advantages.
+- `bgrpo_nb.run_explorers`: Start a training and watch it, ask a sweep which setting mattered; every picture is a plain function's, too.
 - `bgrpo_nb.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
 - `bgrpo_nb.sweep_launcher`: Starts, watches and ends the processes of a sweep: Optuna workers, or W&B agents and the trials they ask for.
-- `bgrpo_nb.sweeps`: One sweep file in W&B's schema, two engines: W&B where somebody is logged in, Optuna everywhere else. Nothing planned is lost.
+- `bgrpo_nb.sweeps`: One sweep file in W&B's schema, read strictly: what it means, what is wrong with it, and the plan that it makes.
 - `bgrpo_nb.trainer`: TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
+- `bgrpo_nb.trials`: A plan is carried out: each point claimed by one worker, run as a process, judged, and run again where its worker died. Nothing planned is lost.
 - `bgrpo_nb.trl_batching`: From rows that repeat a prompt to one beam search a prompt; from K full rows back to one forward over their trie.
-- `bgrpo_nb.widgets`: Move a slider and see what a search finds, what a step teaches, how a run goes; every picture is a plain function's, too."""
+- `bgrpo_nb.widgets`: Move a slider and see what a search finds and what a training step teaches; every picture is a plain function's, too."""
 
 __version__ = "0.1.0"
 

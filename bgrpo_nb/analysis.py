@@ -27,7 +27,7 @@ are of noise. The seed is one of the parameters: what matters less than the seed
 ## Figures
 
 `run_figures` draws; what is drawn is asked of the table, so that the numbers of every figure can be had: `pairs`, `importance`, and the two below.
-Bands are 95 % intervals over runs.
+Bands are 95 % intervals over runs. A degree is that of outer and inner polynomial, or of f alone where there are several variables.
 
 ## The report
 
@@ -382,7 +382,8 @@ def bands(self: Runs, metric: str = METRIC, arm: str | None = ARM) -> pd.DataFra
 @patch
 def degrees(self: Runs, metric: str = METRIC, arm: str | None = ARM) -> pd.DataFrame: # arm, metric, degree, n, mean, sd, low, high; empty where no run carries it
     "Metrics that the runs carry degree by degree"
-    split = {m: found.groups() for m in self.metrics if (found := re.fullmatch(r"(eval_.+?)[/_](\d+[∘_x]\d+)", m))}
+    of_degree = re.compile(r"(eval_.+?)[/_](\d+[∘_x]\d+)|(eval_.+_(?:accuracy|score))_(\d+)")  # of outer and inner, or of f alone
+    split = {m: [part for part in found.groups() if part] for m in self.metrics if (found := of_degree.fullmatch(m))}
     columns = [arm] if arm in self.parameters else []
     parts = [_by(t, columns, m).assign(metric=name, degree=degree) for m, (name, degree) in split.items() if len(t := self.finished(metric).dropna(subset=[m]))]
     return pd.concat(parts, ignore_index=True)[[*columns, "metric", "degree", "n", "mean", "sd", "low", "high"]] if parts else pd.DataFrame()

@@ -22,7 +22,7 @@ Both leave a file of lines `expanded ⁇ answer`, which every other command read
 
 ## Sweep
 
-The file, the engines and what is promised: `10_sweeps`. Here the flags, and one check before anything starts: every planned trial of `bgrpo train`
+The file is told in `10_sweeps`, what is promised in `10a_trials`. Here the flags, and one check before anything starts: every planned trial of `bgrpo train`
 must be one that its config takes.
 
 ## The demo

@@ -36,7 +36,8 @@ explain the difference.
 
 ## Figures of a run
 
-`plot_history` draws the three panels of a training run: beam accuracy; pass@k and oracle; beam rank score.
+`plot_history` draws the three panels of a training run: beam accuracy; pass@k and oracle; beam rank score. It is the `plots/history.png` of every
+run folder.
 
 ## Decompose a polynomial
 

@@ -1,6 +1,6 @@
 """Processes that end with the one that started them: identity across machines, a child tied to its parent, every leftover found and ended.
 
-Plumbing of `runs`, `sweeps` and `sweep_launcher`; it knows neither sweeps nor training, and loads nothing heavy."""
+Plumbing of `runs`, `trials` and `sweep_launcher`; it knows neither sweeps nor training, and loads nothing heavy."""
 import ctypes
 import json
 import os

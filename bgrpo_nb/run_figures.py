@@ -139,11 +139,14 @@ class Figures:
         if found.empty: raise ValueError("no run carries its metrics degree by degree; log eval_by_degree, or metrics named like eval_beam_accuracy_3∘2")
         names = found.metric.unique()
         with use_style() as plt:
-            fig, axes = plt.subplots(1, len(names), figsize=(max(6, 3 * len(names)), 2.6), squeeze=False)
+            across = min(len(names), 3)
+            down = -(-len(names) // across)
+            fig, axes = plt.subplots(down, across, figsize=(max(6, 3 * across), 2.6 * down), squeeze=False)
+            for ax in axes.flat[len(names):]: ax.set_axis_off()
             for ax, m in zip(axes.flat, names):
                 for name, part in found[found.metric == m].groupby(arm) if arm in found else [("all runs", found[found.metric == m])]:
                     ax.plot(part.degree, part["mean"], marker="o", markersize=3, label=str(name))
                     ax.fill_between(part.degree, part.low, part.high, alpha=0.2)
-                ax.set(xlabel="outer∘inner degree", title=label_of(m))
+                ax.set(xlabel="outer∘inner degree" if "∘" in found.degree.iloc[0] else "degree", title=label_of(m))
             axes[0, 0].legend()
             return fig

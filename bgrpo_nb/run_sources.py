@@ -50,6 +50,7 @@ def mend(value): # None, bool, int, float or text
 def metrics_of(row: dict) -> dict[str, float]: # by the name `eval_*`
     "The numbers of a validation"
     by_degree = {f"eval_{m}_{degree}": v for key in ("eval_by_degree", "eval/by_degree") for degree, part in (row.get(key) or {}).items() for m, v in part.items()}
+    row = {re.sub(r"^eval[/_]by_degree\.([^.]+)\.(.+)$", r"eval_\2_\1", k): v for k, v in row.items()} # W&B's history has no dictionaries
     named = {f"eval_{found[1]}": mend(v) for k, v in (row | by_degree).items() if (found := re.fullmatch(r"eval[/_](.+)", k)) and not isinstance(v, (dict, list))}
     return {k: float(v) for k, v in named.items() if k not in SETTINGS_CALLED_EVAL and isinstance(v, (int, float)) and not isinstance(v, bool)}
 

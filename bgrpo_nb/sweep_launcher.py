@@ -3,7 +3,7 @@
     python -m bgrpo_nb.sweep_launcher worker     one worker; its orders come in $BGRPO_SWEEP
     python -m bgrpo_nb.sweep_launcher wandb JSON one trial that a W&B agent asked for
 
-Plumbing of `bgrpo sweep`; the story is in `10_sweeps`."""
+Plumbing of `bgrpo sweep`; the story is in `10_sweeps` and `10a_trials`."""
 import json
 import math
 import os
@@ -18,8 +18,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from bgrpo_nb.processes import end, follow, last_words, shares, start, tie_to_parent, write_json
-from bgrpo_nb.sweeps import (IntDistribution, CategoricalDistribution, FloatDistribution, Sweep, SweepError, TrialState, axis, draw, last_line, open_storage,
-                             open_study, plan, read_sweep, return_lost, size, words, work)
+from bgrpo_nb.sweeps import IntDistribution, CategoricalDistribution, FloatDistribution, Sweep, SweepError, axis, draw, plan, read_sweep, size, words
+from bgrpo_nb.trials import TrialState, last_line, open_storage, open_study, return_lost, work
 
 ORDERS, FOLDER = "BGRPO_SWEEP", "BGRPO_SWEEP_FOLDER"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

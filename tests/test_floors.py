@@ -8,8 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bgrpo_nb"
 FLOORS = ["polynomial", "notation", "data", "model", "beam_tree", "packed", "generation", "processes", "runs", "sft", "rewards", "beam_filter", "kept", "figures", "tables",
-          "decomposition", "evaluation", "testsets", "trl_batching", "trainer", "sweeps", "sweep_launcher", "run_sources", "run_figures", "run_report",
-          "analysis", "widgets", "cli", "__main__"]
+          "decomposition", "evaluation", "testsets", "trl_batching", "exact_resume", "trainer", "sweeps", "trials", "sweep_launcher", "run_sources", "run_figures", "run_report",
+          "analysis", "widgets", "run_explorers", "cli", "__main__"]
 UNKNOWN = {  # what a floor knows nothing of (design: the house)
     "polynomial": {"torch", "transformers", "trl"},
     "notation": {"torch", "transformers", "trl"},
@@ -18,11 +18,11 @@ UNKNOWN = {  # what a floor knows nothing of (design: the house)
     **dict.fromkeys(("beam_tree", "generation"), {"trl", "bgrpo_nb.polynomial", "bgrpo_nb.notation", "bgrpo_nb.data"}),
     "sft": {"trl"},
     "rewards": {"torch", "transformers", "trl", "bgrpo_nb.model", "bgrpo_nb.generation"},
-    "widgets": {"trl", "bgrpo_nb.trainer", "bgrpo_nb.sweeps"},
+    **dict.fromkeys(("widgets", "run_explorers"), {"trl", "bgrpo_nb.trainer", "bgrpo_nb.sweeps", "bgrpo_nb.trials"}),
     "beam_filter": {"trl"},
     "evaluation": {"trl"},
-    **dict.fromkeys(("run_sources", "run_figures", "run_report", "analysis"), {"trl", "bgrpo_nb.trainer", "bgrpo_nb.sweeps"}),
-    "trl_batching": {"bgrpo_nb.polynomial", "bgrpo_nb.notation", "bgrpo_nb.data", "bgrpo_nb.rewards"},
+    **dict.fromkeys(("run_sources", "run_figures", "run_report", "analysis"), {"trl", "bgrpo_nb.trainer", "bgrpo_nb.sweeps", "bgrpo_nb.trials"}),
+    **dict.fromkeys(("trl_batching", "exact_resume"), {"bgrpo_nb.polynomial", "bgrpo_nb.notation", "bgrpo_nb.data", "bgrpo_nb.rewards"}),
 }
 MODULES = [m for m in FLOORS if (PACKAGE / f"{m}.py").exists()]
 
@@ -60,7 +60,7 @@ def test_a_floor_names_nothing_it_must_not_know(module):
 
 
 @pytest.mark.parametrize("module,absent", [
-    ("bgrpo_nb.widgets", ("trl", "optuna")), ("bgrpo_nb.evaluation", ("ipywidgets",)), ("bgrpo_nb.cli", ("ipywidgets",)),
+    ("bgrpo_nb.run_explorers", ("trl", "optuna")), ("bgrpo_nb.evaluation", ("ipywidgets",)), ("bgrpo_nb.cli", ("ipywidgets",)),
     ("bgrpo_nb", ("torch", "transformers", "trl")), ("bgrpo_nb.polynomial", ("torch", "transformers", "trl", "sympy")),
     ("bgrpo_nb.notation", ("torch", "transformers", "trl", "sympy")), ("bgrpo_nb.data", ("torch", "transformers", "trl", "sympy")), ("bgrpo_nb.generation", ("trl",)),
     ("bgrpo_nb.rewards", ("torch", "trl")), ("bgrpo_nb.sweep_launcher", ("torch", "transformers", "trl", "wandb")), ("bgrpo_nb.evaluation", ("trl",)),

@@ -137,7 +137,7 @@ def test_sigterm_at_one_of_two_processes_saves_and_ends_both(policy, tmp_path):
 def test_another_number_of_processes_goes_on_with_a_warning(policy, tmp_path):
     train(policy, tmp_path / "run", max_steps=2)
     (tmp_path / "run/checkpoint-2/pending_0_of_1.pt").rename(tmp_path / "run/checkpoint-2/pending_0_of_2.pt")
-    with pytest.warns(UserWarning, match="not written by 1 processes"): _, rows, _ = train(policy, tmp_path / "run", str(tmp_path / "run/checkpoint-2"), max_steps=4, save_strategy="no")
+    with pytest.warns(UserWarning, match="not written by 1 process"): _, rows, _ = train(policy, tmp_path / "run", str(tmp_path / "run/checkpoint-2"), max_steps=4, save_strategy="no")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 

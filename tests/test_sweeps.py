@@ -16,7 +16,8 @@ import pytest
 
 from bgrpo_nb.cli import main
 from bgrpo_nb.processes import MARK, shares, visible_gpus
-from bgrpo_nb.sweeps import LEASE, SweepError, TrialState, claim, open_storage, open_study, plan, read_sweep, return_lost, run_trial
+from bgrpo_nb.sweeps import SweepError, plan, read_sweep
+from bgrpo_nb.trials import LEASE, TrialState, claim, open_storage, open_study, return_lost, run_trial
 
 REPO = Path(__file__).parent.parent
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
@@ -171,7 +172,7 @@ def test_what_had_finished_when_its_worker_died_is_kept(place):
 
 
 def test_a_retry_of_training_goes_on_from_the_checkpoints_of_the_attempt_that_was_cut_off(place, monkeypatch):
-    from bgrpo_nb import sweeps
+    from bgrpo_nb import trials
     sweep = read_sweep("grid.yaml", run_cap=1)
     (place / "toy.py").write_text("import sys; print(sys.argv[1:])\n" + TOY)
     study = open_study(sweep, place / "out")
@@ -179,9 +180,9 @@ def test_a_retry_of_training_goes_on_from_the_checkpoints_of_the_attempt_that_wa
     before = place / "out/trials/0000/checkpoint-5"
     before.mkdir(parents=True)
     for name in ("trainer_state.json", "../metrics.jsonl", "../config.yaml"): (before / name).write_text("")
-    sweeps.give_back(study, cut)
+    trials.give_back(study, cut)
     study.tell(cut.number, state=TrialState.FAIL)
-    monkeypatch.setattr(sweeps, "TRAIN", sweep.command)
+    monkeypatch.setattr(trials, "TRAIN", sweep.command)
     assert run_trial(study, claim(study, sweep), sweep, place / "out") == "finished"
     again = place / "out/trials/0000-retry1"
     assert "--resume=True" in (again / "log.txt").read_text() and (again / "checkpoint-5/trainer_state.json").exists() and not before.exists()

@@ -16,6 +16,7 @@ import transformers
 from datasets import Dataset
 from transformers import MistralConfig, MistralForCausalLM
 
+from bgrpo_nb.analysis import read_runs
 from bgrpo_nb.cli import main
 from bgrpo_nb.data import generate_problems, write_problems
 from bgrpo_nb.evaluation import METRICS
@@ -203,6 +204,25 @@ def test_the_same_seed_gives_the_same_metrics(tmp_path):
     train, held_out = choose_problems(config)
     assert data == runs[1]["data"] and data["n"] == len(train) == 52 and data["held_out"]["n"] == len(held_out) == 8
     assert data["sha256"] == hashlib.sha256("\n".join(p.line for p in train).encode()).hexdigest() and "degrees=3_2" in data["name"]
+
+
+def test_problems_of_several_degrees_are_measured_degree_by_degree_too(tmp_path):
+    "What a validation logs of each degree adds up to the whole, and the analysis finds it; held-out problems of one degree log no such thing"
+    few = dict(num_beams=6, max_steps=1, eval_steps=1, save_strategy="no")
+    result = train_bgrpo(miniature(tmp_path / "two", degrees="2_2,3_2", held_out=12, **few))
+    counts = {d: len(r) for d, r in result["reports"][-1].by_degree().items()}
+    assert sum(counts.values()) == 12 and counts.keys() == {"2∘2", "3∘2"}
+    rows = [row for row in read_metrics(tmp_path / "two/metrics.jsonl") if "eval_seconds" in row]
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert row["eval_by_degree"].keys() == counts.keys() and all(part.keys() == set(METRICS) for part in row["eval_by_degree"].values())
+        for m in METRICS: assert row[f"eval_{m}"] == pytest.approx(sum(n * row["eval_by_degree"][d][m] for d, n in counts.items()) / 12)
+    assert rows[0]["eval_by_degree"]["2∘2"]["beam_accuracy"] > rows[0]["eval_by_degree"]["3∘2"]["beam_accuracy"]      # the bundled policy knows 2∘2 alone
+    found = read_runs(tmp_path / "two").degrees("eval_beam_accuracy", arm=None)
+    assert {(m, d) for m, d in zip(found.metric, found.degree)} == {(f"eval_{m}", d) for m in METRICS for d in counts}
+    assert set(result["best"]) == {*METRICS, "kl_to_start"}
+    train_bgrpo(miniature(tmp_path / "one", **few))
+    assert not [row for row in read_metrics(tmp_path / "one/metrics.jsonl") if "eval_by_degree" in row]
 
 
 def test_kl_to_start_is_that_of_the_two_policies(saved, tmp_path):

@@ -1,4 +1,4 @@
-"The explorers as people meet them: in a browser, with a kernel behind the page. Their logic is tested in `nbs/12_widgets.ipynb`."
+"The explorers as people meet them: in a browser, with a kernel behind the page. Their logic is tested in the chapters."
 import json
 import os
 import re
@@ -47,17 +47,26 @@ def server(folder, *words, path="/"):
         except subprocess.TimeoutExpired: process.kill(); process.wait()
 
 
-@pytest.fixture(scope="module")
-def explorers(browser, tmp_path_factory):
-    "The page that `voila nbs/12_widgets.ipynb` makes, once every cell has run"
-    folder = tmp_path_factory.mktemp("voila")
-    with server(folder, "voila", str(REPO / "nbs/12_widgets.ipynb"), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
+@contextmanager
+def chapter(name, last, browser, folder):
+    "The page that `voila nbs/NAME.ipynb` makes, once every cell has run and its last explorer is there"
+    with server(folder, "voila", str(REPO / f"nbs/{name}.ipynb"), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
                 f"--VoilaExecutor.timeout={SECONDS}", path="/voila/static/favicon.ico") as address, open_page(browser) as page:
         page.set_default_timeout(SECONDS * 1000)
         page.goto(address)
-        page.locator(".bgrpo-sweep").or_(page.get_by_text("Traceback (most recent call last)")).first.wait_for()
+        page.locator(last).or_(page.get_by_text("Traceback (most recent call last)")).first.wait_for()
         page.folder = folder
         yield page
+
+
+@pytest.fixture(scope="module")
+def explorers(browser, tmp_path_factory):
+    with chapter("12_widgets", ".bgrpo-show-group", browser, tmp_path_factory.mktemp("voila")) as page: yield page
+
+
+@pytest.fixture(scope="module")
+def run_explorers(browser, tmp_path_factory):
+    with chapter("12a_run_explorers", ".bgrpo-sweep", browser, tmp_path_factory.mktemp("voila")) as page: yield page
 
 
 def reads(place, text):
@@ -78,7 +87,9 @@ def type_in(explorer, label, text):
     box.press("Enter")
 
 
-def test_no_cell_of_the_notebook_failed(explorers):
+@pytest.mark.parametrize("chapter_of", ["explorers", "run_explorers"])
+def test_no_cell_of_the_notebook_failed(chapter_of, request):
+    explorers = request.getfixturevalue(chapter_of)
     assert "Traceback" not in explorers.locator("body").inner_text()
     theirs = ("request to another host: https://cdn.jsdelivr.net/npm/@fortawesome", "console: Failed to load resource: net::ERR_FAILED")    # of Voila's own page
     assert not [f for f in explorers.faults if not f.startswith(theirs)], explorers.faults
@@ -128,9 +139,9 @@ def test_group_explorer(explorers):
     reads(explorer, "0 tokens gained, 0 lost")
 
 
-def test_run_monitor(explorers):
+def test_run_monitor(run_explorers):
     "A run is started by its button, drawn while it trains, stopped by the other button, and its folder can go on"
-    explorer, run = explorers.locator(".bgrpo-run-monitor"), explorers.folder / "run"
+    explorer, run = run_explorers.locator(".bgrpo-run-monitor"), run_explorers.folder / "run"
     start, stop = explorer.get_by_role("button", name="Start"), explorer.get_by_role("button", name="Stop")
     reads(explorer, "absent")
     type_in(explorer, "folder", str(run))
@@ -144,14 +155,14 @@ def test_run_monitor(explorers):
         reads(explorer, re.compile(r"running: step [2-9]"))
         first = explorer.locator("img").get_attribute("src")
         assert start.is_disabled() and "Traceback" not in explorer.inner_text()
-        explorers.wait_for_function("old => document.querySelector('.bgrpo-run-monitor img').src != old", arg=first)
+        run_explorers.wait_for_function("old => document.querySelector('.bgrpo-run-monitor img').src != old", arg=first)
     finally: stop.click()
     reads(explorer, re.compile(r"stopped: step \d+; start goes on from the newest checkpoint"))
     assert list(run.glob("checkpoint-*/trainer_state.json")) and not (run / "result.json").exists()
 
 
-def test_sweep_explorer(explorers):
-    explorer = explorers.locator(".bgrpo-sweep")
+def test_sweep_explorer(run_explorers):
+    explorer = run_explorers.locator(".bgrpo-sweep")
     reads(explorer, "24 runs")
     reads(explorer, "n = 12 pairs: a difference")
     type_in(explorer, "where", "seed < 2")
