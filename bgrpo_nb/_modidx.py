@@ -189,6 +189,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'bgrpo_nb/exact_resume.py'),
                                        'bgrpo_nb.exact_resume.ResumableGRPOTrainer': ( 'exact_resume.html#resumablegrpotrainer',
                                                                                        'bgrpo_nb/exact_resume.py'),
+                                       'bgrpo_nb.exact_resume.ResumableGRPOTrainer.__init__': ( 'exact_resume.html#resumablegrpotrainer.__init__',
+                                                                                                'bgrpo_nb/exact_resume.py'),
                                        'bgrpo_nb.exact_resume.ResumableGRPOTrainer._get_train_sampler': ( 'exact_resume.html#resumablegrpotrainer._get_train_sampler',
                                                                                                           'bgrpo_nb/exact_resume.py'),
                                        'bgrpo_nb.exact_resume.ResumableGRPOTrainer._load_rng_state': ( 'exact_resume.html#resumablegrpotrainer._load_rng_state',

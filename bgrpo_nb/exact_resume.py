@@ -50,6 +50,7 @@ class EpochSampler(RepeatSampler):
 # %% ../nbs/08a_exact_resume.ipynb #2921b872
 class ResumableGRPOTrainer(GRPOTrainer):
     "TRL's `GRPOTrainer`; `train(resume_from_checkpoint=...)` goes on exactly, on the same machine with the same number of processes"
+    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)   # of GRPOTrainer
 
     def _get_train_sampler(self, dataset=None):
         "TRL's, at the epoch of the trainer's state"

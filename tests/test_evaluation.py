@@ -41,7 +41,7 @@ def undated(found): return {name: re.sub(rb"\d{4}-\d\d-\d\d", b"", content) for 
 def policies(tmp_path_factory):
     "The bundled policy, and one whose output layer is disturbed"
     folder, tokenizer, other = tmp_path_factory.mktemp("policies"), load_tokenizer("tiny"), load_model("tiny", device="cpu")
-    with torch.no_grad(): other.lm_head.weight += 0.03 * torch.randn(other.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): other.lm_head.weight += 0.2 * torch.randn(other.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
     save_model(other, tokenizer, folder / "disturbed")
     return {"tiny": "tiny", "disturbed": str(folder / "disturbed")}
 
