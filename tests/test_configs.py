@@ -24,7 +24,7 @@ def first_lines(path):
 def make_problems(path):
     "Those commands, with fewer and easier problems"
     for line in first_lines(path):
-        assert main(re.sub(r"--num_beams \d+", "", re.sub("[34]_[24]", "2_2", re.sub(r"--n \d+", "--n 45", line.replace("_4_4.txt", ".txt")))).split()) == 0, line
+        assert main(re.sub(r"--num_beams \d+", "", re.sub("[34]_[24]", "3_2", re.sub(r"--n \d+", "--n 45", line.replace("_4_4.txt", ".txt")))).split()) == 0, line
 
 
 @pytest.fixture
