@@ -126,9 +126,9 @@ def test_the_demo_in_miniature(tmp_path):
 
 
 def test_the_demo_measures_on_problems_that_the_policy_never_saw():
-    "tiny was trained on 332,800 problems of seed 0 (configs/sft/tiny.yaml)"
+    "tiny was trained on 256,000 problems of seed 0 (configs/sft/tiny.yaml)"
     demo = {polynomial_key(p.expanded) for p in generate_problems(150, 2, 2, seed=10_000)}
-    trained = generate_problems(2600 * 128, 2, 2, seed=0, canonical=True)
+    trained = generate_problems(4000 * 64, 2, 2, seed=0, canonical=True)
     texts = {p.expanded for p in generate_problems(150, 2, 2, seed=10_000)}
     assert len(demo) == len(texts) == 150 and not texts & {p.expanded for p in trained}
 

@@ -46,18 +46,18 @@ def searched(policy, problems):
 def main():
     torch.set_num_threads(1)
     problems = read_problems(STUDY / "held_out.txt")
-    widths, seconds, last = {"start": [searched("tiny", problems)]}, {}, None
+    widths, seconds, start = {"start": [searched("tiny", problems)]}, {}, None
     for sweep, folder, result in results():
         kept = json.loads((folder / "config.json").read_text())
         settings = kept["fixed"] | kept["parameters"]
         arm = " ".join(str(settings.get(k)) for k in ("rollout", "reward", "baseline", "objective") if settings.get(k))
         seconds.setdefault(arm, []).append(round(training_seconds(folder, result), 1))
         if name := SEARCHED.get((sweep, settings["rollout"])): widths.setdefault(name, []).append(searched(folder / "policy", problems))
-        last = result
+        if sweep == "rank": start = result        # the other sweeps do not validate the policy that all begin with
     read_runs(*(STUDY / s for s in SWEEPS)).to_csv(HERE / "tidy.csv")
     write_json(HERE / "widths.json", {"widths": WIDTHS, "places": widths})
-    write_json(HERE / "record.json", {"command": "make study", "training_seconds": seconds, "problems": last["problems"], "held_out": last["held_out"],
-                                      "data": last["data"], "start": {k: v for k, v in last["first"].items() if k.startswith("eval_")}, **accounts(None)})
+    write_json(HERE / "record.json", {"command": "make study", "training_seconds": seconds, "problems": start["problems"], "held_out": start["held_out"],
+                                      "data": start["data"], "start": {k: v for k, v in start["first"].items() if k.startswith("eval_")}, **accounts(None)})
 
 
 if __name__ == "__main__": main()
