@@ -33,15 +33,15 @@ export: $(READY)
 bench: $(READY)
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
-# BGRPO against GRPO at the size of `tiny`: problems, four sweeps, one analysis, and what the tutorial loads
+# BGRPO against GRPO at the size of `tiny`: problems, six sweeps, one analysis, and what the tutorial loads
 study: export OMP_NUM_THREADS := 1
 study: $(READY)
 	@mkdir -p runs/study
 	@test -f runs/study/held_out.txt || $(BIN)/bgrpo generate runs/study/held_out.txt --n 150 --degrees 3_2 --canonical --seed 30000
 	@test -f runs/study/pool.txt || $(BIN)/bgrpo generate runs/study/pool.txt --n 1200 --degrees 3_2 --canonical --seed 40000
 	@test -f runs/study/hard.txt || $(BIN)/bgrpo filter --model tiny --problems runs/study/pool.txt --out runs/study/hard.txt
-	@for part in rollout rank lists original; do $(BIN)/bgrpo sweep configs/sweeps/study_$$part.yaml --workers 2 --output_dir runs/study/$$part $$(test -d runs/study/$$part && echo --resume); done
-	@$(BIN)/bgrpo analyze runs/study/rollout runs/study/rank runs/study/lists runs/study/original --out runs/study/analysis
+	@for part in rollout rank lists original longer rates; do $(BIN)/bgrpo sweep configs/sweeps/study_$$part.yaml --workers 2 --output_dir runs/study/$$part $$(test -d runs/study/$$part && echo --resume); done
+	@$(BIN)/bgrpo analyze $(patsubst %,runs/study/%,rollout rank lists original longer rates) --out runs/study/analysis
 	@$(BIN)/python nbs/experiments/study/record.py
 
 $(READY): constraints.txt settings.ini setup.py pyproject.toml

@@ -17,7 +17,7 @@ from bgrpo_nb.processes import write_json
 from bgrpo_nb.runs import accounts, read_metrics
 
 HERE, STUDY = Path(__file__).parent, Path("runs/study")
-SWEEPS = ("rollout", "rank", "lists", "original")
+SWEEPS = ("rollout", "rank", "lists", "original", "longer", "rates")
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 SEARCHED = {("rank", "beam"): "BGRPO", ("rollout", "sample"): "GRPO"} # (sweep, rollout) -> arm
 
@@ -50,7 +50,7 @@ def main():
     for sweep, folder, result in results():
         kept = json.loads((folder / "config.json").read_text())
         settings = kept["fixed"] | kept["parameters"]
-        arm = " ".join(str(settings.get(k)) for k in ("rollout", "reward", "baseline", "objective") if settings.get(k))
+        arm = " ".join(str(settings[k]) for k in ("rollout", "reward", "baseline", "objective", "learning_rate", "max_steps") if k in settings)
         seconds.setdefault(arm, []).append(round(training_seconds(folder, result), 1))
         if name := SEARCHED.get((sweep, settings["rollout"])): widths.setdefault(name, []).append(searched(folder / "policy", problems))
         if sweep == "rank": start = result        # the other sweeps do not validate the policy that all begin with
