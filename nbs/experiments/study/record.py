@@ -2,7 +2,7 @@
 
     python nbs/experiments/study/record.py
 
-`tidy.csv`: one row a trial. `record.json`: the accounts, the start, and seconds of training alone. `widths.json`: the start and the last policies of two
+`tidy.csv`: one row a trial, with its sweep's name. `record.json`: the accounts, the start, and seconds of training alone. `widths.json`: the start and the last policies of two
 arms searched at widths from 1 to 30, each width a search of its own, and the place of the first valid beam in the widest."""
 import json
 from pathlib import Path
@@ -54,7 +54,10 @@ def main():
         seconds.setdefault(arm, []).append(round(training_seconds(folder, result), 1))
         if name := SEARCHED.get((sweep, settings["rollout"])): widths.setdefault(name, []).append(searched(folder / "policy", problems))
         if sweep == "rank": start = result        # the other sweeps do not validate the policy that all begin with
-    read_runs(*(STUDY / s for s in SWEEPS)).to_csv(HERE / "tidy.csv")
+    runs = read_runs(*(STUDY / s for s in SWEEPS))
+    runs.table.insert(1, "sweep", [run.split("/")[0] for run in runs.table.run])
+    runs.table["folder"] = [Path(f).resolve().relative_to(Path.cwd()) for f in runs.table.folder]
+    runs.to_csv(HERE / "tidy.csv")
     write_json(HERE / "widths.json", {"widths": WIDTHS, "places": widths})
     write_json(HERE / "record.json", {"command": "make study", "training_seconds": seconds, "problems": start["problems"], "held_out": start["held_out"],
                                       "data": start["data"], "start": {k: v for k, v in start["first"].items() if k.startswith("eval_")}, **accounts(None)})
