@@ -70,7 +70,7 @@ def _rename(text): # one variable is always `a`
 
 
 def decompose(f,          # SymPy expression, text such as "x**4 + 2*x**2 + 1", or prefix notation
-              model=None, # a policy, its name or folder; default: the bundled one
+              model=None, # a policy, its name or folder; default: the bundled one for as many variables as f has
               num_beams: int = 25) -> list[Decomposition]: # up to equivalence of the inner polynomial; empty where there is none
     "Decompose a polynomial: exact where that is possible (one variable), by the policy's beams; every answer verified"
     problem, variable = read_polynomial(f)
@@ -78,16 +78,18 @@ def decompose(f,          # SymPy expression, text such as "x**4 + 2*x**2 + 1", 
     found = {}
     if univariate:
         for outer, inner in decompose_exact(problem): found[canonical_inner(inner)] = Decomposition(outer, inner, True, None, None, variable)
-    policy = load_model("tiny" if model is None else model) if model is None or isinstance(model, (str, Path)) else model
-    tokenizer = load_tokenizer(model if isinstance(model, (str, Path)) else "tiny" if model is None else _words_of(policy))
+    if model is None: model = "small" if univariate else "multivariate"
+    named = isinstance(model, (str, Path))
+    policy, tokenizer = load_model(model) if named else model, load_tokenizer(model if named else _words_of(model))
     try: searched = search_problems(policy, tokenizer, [Problem(problem, "")], num_beams, max_new_tokens=min(64, max(16, len(problem.split()))))[0]
     except ValueError:  # words or a length that the policy does not know
         if not univariate: raise
         return Decompositions(found.values())
     for place, (text, score, verdict) in enumerate(zip(searched.texts, searched.scores, searched.verdicts), 1):
         if not verdict: continue
-        key = canonical_inner(text) if univariate and "&" not in text else text
-        if key not in found: found[key] = Decomposition(verdict.outer, text, False, place, score, variable)
+        inner = text.split(" & ", 1)[-1]  # several inner polynomials stand after the outer one
+        key = " & ".join(map(canonical_inner, inner.split(" & ")))
+        if key not in found: found[key] = Decomposition(verdict.outer, inner, False, place, score, variable)
         elif found[key].beam_place is None: found[key] = found[key]._replace(beam_place=place, score=score)
     return Decompositions(found.values())
 

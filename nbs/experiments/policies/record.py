@@ -1,0 +1,68 @@
+"""What the bundled policies can do, as the file that the tutorial loads.
+
+    python nbs/experiments/policies/record.py --before runs/sft-small-decay/policy
+
+Nine sets of 300 generated problems, and of the authors' sets those that lie in $BGRPO_SHARED (../shared): `small` as it is bundled and as it was before
+its reinforcement. Several variables: 300 generated problems, and the authors' problems rewritten in our order of terms: how many the
+first, the ten best and all of 25 beams solve. One thread; what was computed is
+kept in runs/policies and not computed again."""
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from bgrpo_nb.beam_filter import search_problems
+from bgrpo_nb.data import Problem, generate_multivariate, generate_problems, read_problems, write_problems
+from bgrpo_nb.evaluation import METRICS, Report, compare, evaluate
+from bgrpo_nb.model import load_model, load_tokenizer
+from bgrpo_nb.notation import from_text
+from bgrpo_nb.polynomial import verify
+from bgrpo_nb.processes import write_json
+from bgrpo_nb.runs import accounts
+from bgrpo_nb.testsets import evaluate_files, published_figures
+
+HERE, OUT = Path(__file__).parent, Path("runs/policies")
+SHARED = Path(os.environ.get("BGRPO_SHARED", "../shared")) / "data/published"
+DEGREES, N, SEED = [f"{o}_{i}" for o in (2, 3, 4) for i in (2, 3, 4)], 300, 50_000
+
+
+def figures(report):
+    return {m: [report.metrics[m], *report.interval(m)] for m in METRICS} | {"n": len(report), "reasons": {k: sum(v) for k, v in report.reasons().items()}}
+
+
+def nine_degrees(before):
+    for d in DEGREES:
+        if not (path := OUT / f"sets/{d}.txt").exists(): write_problems(path, generate_problems(N, *map(int, d.split("_")), seed=SEED))
+    published = sorted(SHARED.glob("test_dataset_*.txt"))
+    policies = {"small": "small"} | ({"before": before} if before else {})
+    out = {}
+    for name, policy in policies.items():
+        found = evaluate_files([policy], [OUT / "sets", *published], OUT / name, limit=N, domain="ZZ", progress=True)
+        out[name] = {file: r for (_, file), r in found.reports.items() if not file.endswith("not trivial")}
+    return {"figures": {name: {file: figures(r) for file, r in reports.items()} for name, reports in out.items()},
+            "authors": {file: published_figures(r) for file, r in out["small"].items()},
+            "differences": {file: {m: compare(out["before"][file], r, m) for m in METRICS} for file, r in out["small"].items()} if before else {}}
+
+
+def several_variables():
+    model, tokenizer, found = load_model("multivariate", device="cpu"), load_tokenizer("multivariate"), {}
+    made = generate_multivariate(N, 3, 2, 2, seed=SEED, canonical=True)
+    found["generated"] = figures(evaluate(model, tokenizer, made, domain="ZZ", progress="generated"))
+    if (path := SHARED / "multi_variable_test.txt").is_file():
+        theirs = [(p, Problem(from_text(p.expanded), "")) for p in read_problems(path)]
+        searched, rows = search_problems(model, tokenizer, [q for _, q in theirs], 25, "ZZ", max_new_tokens=60, progress="published"), []
+        for (p, _), s in zip(theirs, searched):
+            truth = verify(p.expanded, p.answer, "ZZ").reason
+            rows.append((truth if truth == "trivial" else "not trivial", s.first_valid, *(v.reason for v in s.verdicts[:10])))
+        found["published"] = {kind: {"n": len(of), "first": sum(r[1] == 1 for r in of), "ten": sum(bool(r[1]) and r[1] <= 10 for r in of), "all": sum(bool(r[1]) for r in of),
+                                     "reasons": {w: sum(r[2:].count(w) for r in of) for w in sorted({w for r in of for w in r[2:]})}}
+                              for kind in ("trivial", "not trivial") if (of := [r for r in rows if r[0] == kind])}
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", help="folder of `small` before its reinforcement")
+    torch.set_num_threads(1)
+    write_json(HERE / "record.json", {"seed": SEED, **nine_degrees(parser.parse_args().before), "several_variables": several_variables(), **accounts(SEED)})

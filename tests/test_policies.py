@@ -1,0 +1,63 @@
+"The bundled policies: what they are said to do, they do"
+import json
+from pathlib import Path
+
+import pytest
+
+from bgrpo_nb import decompose
+from bgrpo_nb.data import generate_multivariate, generate_problems
+from bgrpo_nb.evaluation import evaluate, wilson
+from bgrpo_nb.model import ASSETS, load_model, load_tokenizer
+from bgrpo_nb.notation import to_sympy
+from bgrpo_nb.polynomial import verify
+
+RECORD = json.loads((Path(__file__).parents[1] / "nbs/experiments/policies/record.json").read_text())
+NAMES = ("tiny", "small", "multivariate")
+
+
+def matches(found, metric, recorded):
+    "The sample's 95 % interval meets the recording's"
+    low, high = wilson(round(found.metrics[metric] * len(found)), len(found))
+    _, recorded_low, recorded_high = recorded[metric]
+    assert low <= recorded_high and recorded_low <= high, f"{metric}: {found.metrics[metric]:.3f} of {len(found)}, recorded {recorded[metric]}"
+
+
+@pytest.mark.parametrize("degrees", ["2_2", "2_4", "3_3", "4_2", "4_4"])
+def test_small_does_what_its_recording_says(degrees):
+    "Other problems than the recording's, by the same rule"
+    problems = generate_problems(60, *map(int, degrees.split("_")), seed=70_000)
+    found = evaluate(load_model("small", device="cpu"), load_tokenizer("small"), problems, domain="ZZ", wide_beams=11, num_samples=1)
+    for metric in ("greedy_accuracy", "beam_accuracy"): matches(found, metric, RECORD["figures"]["small"][degrees])
+
+
+def test_several_variables_as_recorded():
+    problems = generate_multivariate(60, 3, 2, 2, seed=70_000, canonical=True)
+    found = evaluate(load_model("multivariate", device="cpu"), load_tokenizer("multivariate"), problems, domain="ZZ", wide_beams=11, num_samples=1)
+    for metric in ("greedy_accuracy", "beam_accuracy"): matches(found, metric, RECORD["several_variables"]["generated"])
+
+
+def test_a_recording_that_is_wrong_is_noticed():
+    problems = generate_problems(60, 2, 2, seed=70_000)
+    found = evaluate(load_model("tiny", device="cpu"), load_tokenizer("tiny"), problems, num_beams=2, wide_beams=3, num_samples=1)
+    matches(found, "greedy_accuracy", {"greedy_accuracy": [1.0, 0.98, 1.0]})
+    with pytest.raises(AssertionError, match="recorded"): matches(found, "greedy_accuracy", {"greedy_accuracy": [0.5, 0.45, 0.55]})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_is_small_and_says_how_it_was_made(name):
+    assert (ASSETS / name / "model.safetensors").stat().st_size < 12e6
+    assert sum(p.numel() for p in load_model(name, device="cpu").parameters()) <= 5e6
+    parts = json.loads((ASSETS / name / "training.json").read_text())["parts"]
+    for part in parts:
+        assert part["command"].startswith(("bgrpo ", "python nbs/experiments/")) and part["result"]["machine"]["cpu"]
+
+
+def test_decompose_asks_the_policy_for_as_many_variables_as_there_are():
+    one = generate_problems(1, 3, 3, seed=70_001)[0].expanded
+    assert decompose(one)[0].exact
+    solved = 0
+    for p in generate_multivariate(5, 3, 2, 2, seed=70_001, canonical=True):
+        for found in decompose(to_sympy(p.expanded)):
+            assert not found.exact and verify(p.expanded, f"{found.outer} & {found.inner}") and len(found.to_sympy()[1]) == 3
+            solved += 1
+    assert solved
