@@ -11,7 +11,7 @@ Modules:
 - `bgrpo_nb.exact_resume`: A `GRPOTrainer` that was killed goes on as it would have gone on: the same prompts, the same completions, the same loss.
 - `bgrpo_nb.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face causal model; and a guide to the key-value cache.
 - `bgrpo_nb.kept`: What an evaluation has found, kept as it comes: one line a problem, one file for each policy, problems and settings.
-- `bgrpo_nb.model`: Three vocabularies, three sizes, and a door for the authors' checkpoints.
+- `bgrpo_nb.model`: Four vocabularies, three sizes, and a door for the authors' checkpoints.
 - `bgrpo_nb.notation`: What people type, what SymPy computes with, what papers and pages print: each from prefix notation, and back.
 - `bgrpo_nb.packed`: Linear layers whose weights lie as the processor wants them, for as long as a search runs.
 - `bgrpo_nb.polynomial`: Prefix notation, and the algebra that says whether an answer decomposes a polynomial.

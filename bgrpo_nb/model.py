@@ -1,4 +1,4 @@
-"""Three vocabularies, three sizes, and a door for the authors' checkpoints.
+"""Four vocabularies, three sizes, and a door for the authors' checkpoints.
 
 A policy is a small decoder-only transformer over some thirty words: digits, signs, operators, variables. Everything here is an ordinary
 Hugging Face object, so that any causal model can take its place. This module knows tokens and weights, no problems.
@@ -13,7 +13,7 @@ outside the vocabulary raises.
 
 | preset | layers × width | heads | parameters | for |
 |---|---|---|---|---|
-| `tiny` | 5 × 192 | 6 | 2.2 M | bundled; two CPU cores |
+| `tiny` | 5 × 192 | 6 | 2.2 M (2.7 M with `compact`) | bundled; two CPU cores |
 | `small` | 6 × 256 | 8 | 4.2 M (4.8 M with `compact`) | all nine degrees, 2∘2 to 4∘4 |
 | `paper` | 6 × 512 | 8 | 19 M | the authors' size |
 
