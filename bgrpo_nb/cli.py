@@ -144,19 +144,23 @@ def generate(argv):
     p.add_argument("out", help="the file to write")
     p.add_argument("--n", type=int, default=1000, help="how many problems")
     p.add_argument("--kind", choices=["univariate", "multivariate", "on_singlets"], default="univariate", help="kind of problem")
-    p.add_argument("--degrees", default="2_2", help="degree of the outer and of the inner polynomial")
+    p.add_argument("--degrees", default="2_2", help="degree of the outer and of the inner polynomial; several, with commas between, are mixed evenly")
     p.add_argument("--coefficient_bound", type=int, default=20, help="coefficients lie in [-bound, bound]")
     p.add_argument("--variables", type=int, default=3, help="of a multivariate outer polynomial")
     p.add_argument("--answer", choices=["inner", "both"], default="inner", help="what a univariate answer holds")
-    p.add_argument("--canonical", action="store_true", help="univariate answers in canonical form")
+    p.add_argument("--canonical", action="store_true", help="answers in canonical form")
     p.add_argument("--descending", action="store_true", help="univariate answers with their highest term first")
     p.add_argument("--seed", type=int, default=0, help="same seed, same problems")
     a = p.parse_args(argv)
+    from random import Random
     from bgrpo_nb import data
-    outer, inner = data.read_degrees(a.degrees)
-    made = (data.generate_problems(a.n, outer, inner, a.coefficient_bound, a.seed, a.answer, a.canonical, a.descending) if a.kind == "univariate" else
-            data.generate_multivariate(a.n, a.variables, outer, inner, a.coefficient_bound, seed=a.seed) if a.kind == "multivariate" else
-            data.generate_on_singlets(a.n, outer, coefficient_bound=a.coefficient_bound, seed=a.seed))
+    degrees, made = [data.read_degrees(d) for d in a.degrees.split(",")], []
+    for k, (outer, inner) in enumerate(degrees):
+        n = a.n // len(degrees) + (k < a.n % len(degrees))
+        made += (data.generate_problems(n, outer, inner, a.coefficient_bound, a.seed, a.answer, a.canonical, a.descending) if a.kind == "univariate" else
+                 data.generate_multivariate(n, a.variables, outer, inner, a.coefficient_bound, seed=a.seed, canonical=a.canonical) if a.kind == "multivariate" else
+                 data.generate_on_singlets(n, outer, coefficient_bound=a.coefficient_bound, seed=a.seed))
+    if len(degrees) > 1: Random(a.seed).shuffle(made)
     data.write_problems(a.out, made)
     print(f"{len(made)} problems written to {a.out}")
 

@@ -67,6 +67,9 @@ def test_generate_filter_evaluate_train_plot(tmp_path):
         return done.stdout
     ok("generate", "p.txt", "--n", 60, "--degrees", "2_2", "--seed", 77)
     assert read_problems(tmp_path / "p.txt") == generate_problems(60, 2, 2, seed=77)
+    ok("generate", "mixed.txt", "--n", 11, "--degrees", "2_2,3_2", "--seed", 77)
+    mixed = read_problems(tmp_path / "mixed.txt")
+    assert mixed[:6] != generate_problems(6, 2, 2, seed=77) and set(mixed) == {*generate_problems(6, 2, 2, seed=77), *generate_problems(5, 3, 2, seed=77)}
     assert "kept" in ok("filter", "--problems", "p.txt", "--out", "kept.txt", "--num_beams", 8, "--limit", 40)
     kept = read_problems(tmp_path / "kept.txt")
     assert 20 < len(kept) <= 40 and set(kept) <= set(read_problems(tmp_path / "p.txt"))
