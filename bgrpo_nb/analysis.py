@@ -345,7 +345,7 @@ def _study(done: pd.DataFrame, columns: list[str], values) -> "optuna.Study":
     from optuna.distributions import CategoricalDistribution, FloatDistribution
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     def numeric(c): return pd.api.types.is_numeric_dtype(done[c]) and not pd.api.types.is_bool_dtype(done[c]) and done[c].notna().all()
-    cells = {c: done[c].astype(float if numeric(c) else str).tolist() for c in columns}
+    cells = {c: (done[c].astype(float) if numeric(c) else done[c].map(str)).tolist() for c in columns}  # a setting that a sweep lacks is one more value
     def space(c, v): return FloatDistribution(min(v), max(v), log=0 < 10 * min(v) <= max(v)) if numeric(c) else CategoricalDistribution(sorted(set(v)))
     spaces = {c: space(c, v) for c, v in cells.items()}
     study = optuna.create_study(direction="maximize")

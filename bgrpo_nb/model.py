@@ -13,9 +13,11 @@ outside the vocabulary raises.
 
 | preset | layers × width | heads | parameters | for |
 |---|---|---|---|---|
-| `tiny` | 5 × 192 | 6 | 2.2 M (2.7 M with `compact`) | bundled; two CPU cores |
-| `small` | 6 × 256 | 8 | 4.2 M (4.8 M with `compact`) | all nine degrees, 2∘2 to 4∘4 |
+| `tiny` | 5 × 192 | 6 | 2.2 M (2.7 M with `compact`) | the [bundled policies](tutorials/bundled_policies.ipynb); two CPU cores |
+| `small` | 6 × 256 | 8 | 4.2 M (4.8 M with `compact`) | nine degrees from random weights; patience, or a GPU |
 | `paper` | 6 × 512 | 8 | 19 M | the authors' size |
+
+A preset is a shape for new weights. The bundled policies have names of their own, `tiny`, `small` and `multivariate`, and all of them `tiny`'s shape.
 
 ## Load and save
 
