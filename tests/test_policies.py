@@ -27,7 +27,7 @@ def test_small_does_what_its_recording_says(degrees):
     "Other problems than the recording's, by the same rule"
     problems = generate_problems(60, *map(int, degrees.split("_")), seed=70_000)
     found = evaluate(load_model("small", device="cpu"), load_tokenizer("small"), problems, domain="ZZ", wide_beams=11, num_samples=1)
-    for metric in ("greedy_accuracy", "beam_accuracy"): matches(found, metric, RECORD["figures"]["small"][degrees])
+    for metric in ("greedy_accuracy", "beam_accuracy"): matches(found, metric, RECORD["figures"][degrees])
 
 
 def test_several_variables_as_recorded():

@@ -1,12 +1,10 @@
 """What the bundled policies can do, as the file that the tutorial loads.
 
-    python nbs/experiments/policies/record.py --before runs/sft-small-decay/policy
+    python nbs/experiments/policies/record.py
 
-Nine sets of 300 generated problems, and of the authors' sets those that lie in $BGRPO_SHARED (../shared): `small` as it is bundled and as it was before
-its reinforcement. Several variables: 300 generated problems, and the authors' problems rewritten in our order of terms: how many the
-first, the ten best and all of 25 beams solve. One thread; what was computed is
-kept in runs/policies and not computed again."""
-import argparse
+`small` on nine sets of 300 generated problems, and on those of the authors' sets that lie in $BGRPO_SHARED (../shared). Several variables: 300
+generated problems, and the authors' problems rewritten in our order of terms: how many the first, the ten best and all of 25 beams solve. One thread;
+what was computed of the nine degrees is kept in runs/policies and not computed again."""
 import os
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 
 from bgrpo_nb.beam_filter import search_problems
 from bgrpo_nb.data import Problem, generate_multivariate, generate_problems, read_problems, write_problems
-from bgrpo_nb.evaluation import METRICS, Report, compare, evaluate
+from bgrpo_nb.evaluation import METRICS, evaluate
 from bgrpo_nb.model import load_model, load_tokenizer
 from bgrpo_nb.notation import from_text
 from bgrpo_nb.polynomial import verify
@@ -31,18 +29,13 @@ def figures(report):
     return {m: [report.metrics[m], *report.interval(m)] for m in METRICS} | {"n": len(report), "reasons": {k: sum(v) for k, v in report.reasons().items()}}
 
 
-def nine_degrees(before):
+def nine_degrees():
     for d in DEGREES:
         if not (path := OUT / f"sets/{d}.txt").exists(): write_problems(path, generate_problems(N, *map(int, d.split("_")), seed=SEED))
     published = sorted(SHARED.glob("test_dataset_*.txt"))
-    policies = {"small": "small"} | ({"before": before} if before else {})
-    out = {}
-    for name, policy in policies.items():
-        found = evaluate_files([policy], [OUT / "sets", *published], OUT / name, limit=N, domain="ZZ", progress=True)
-        out[name] = {file: r for (_, file), r in found.reports.items() if not file.endswith("not trivial")}
-    return {"figures": {name: {file: figures(r) for file, r in reports.items()} for name, reports in out.items()},
-            "authors": {file: published_figures(r) for file, r in out["small"].items()},
-            "differences": {file: {m: compare(out["before"][file], r, m) for m in METRICS} for file, r in out["small"].items()} if before else {}}
+    reports = evaluate_files(["small"], [OUT / "sets", *published], OUT / "small", limit=N, domain="ZZ", progress=True).reports
+    reports = {file: r for (_, file), r in reports.items() if not file.endswith("not trivial")}
+    return {"figures": {file: figures(r) for file, r in reports.items()}, "authors": {file: found for file, r in reports.items() if (found := published_figures(r))}}
 
 
 def several_variables():
@@ -62,7 +55,5 @@ def several_variables():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--before", help="folder of `small` before its reinforcement")
     torch.set_num_threads(1)
-    write_json(HERE / "record.json", {"seed": SEED, **nine_degrees(parser.parse_args().before), "several_variables": several_variables(), **accounts(SEED)})
+    write_json(HERE / "record.json", {"seed": SEED, **nine_degrees(), "several_variables": several_variables(), **accounts(SEED)})
