@@ -28,7 +28,7 @@ def published_degrees(report: Report) -> str | None: # "outer_inner" of the auth
     "Which of the authors' test sets this is"
     if len(report) < 100: return None
     first = hashlib.sha256("\n".join(r.expanded for r in report.rows[:100]).encode()).hexdigest()[:16]
-    named = report.about.get("data", {}).get("name", "").removeprefix("test_dataset_").removesuffix(".txt")
+    named = report.about.get("data", {}).get("name", "").removesuffix(".txt").partition("test_dataset_")[2]
     by_name = named in PUBLISHED and named not in _SETS.values() and set(report.by_degree()) == {named.replace("_", "∘")}
     return _SETS.get(first, named if by_name else None)
 

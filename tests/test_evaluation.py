@@ -282,3 +282,9 @@ def test_reports_read_well(results):
     assert repr(report).startswith("Report of 12 problems, domain QQ\n  greedy") and len(repr(report)) < 600
     assert report._repr_html_().count("<tr>") == 1 + len(METRICS) and "tiny, mixed: 10 problems" in str(results[0])
     assert results[0]._repr_markdown_().startswith("# Evaluation")
+
+
+def test_a_generated_set_is_not_taken_for_the_authors():
+    rows = [Row(p.expanded, 6, 2, False, None, None, 0, "trivial") for p in generate_problems(100, 3, 2, seed=1)]
+    for name, found in (("3_2.txt", None), ("test_dataset_3_2.txt", "3_2"), ("test_dataset_2_2.txt", None)):
+        assert published_degrees(Report(rows, {}, {"data": {"name": name}})) == found
