@@ -328,7 +328,9 @@ def finish(staged, out):
     vendor(scripts_of(staged), staged / "_static")
     shutil.rmtree(out, ignore_errors=True)
     options = ["-q", "-W", "--keep-going", "-c", Path(__file__).parent, "-d", staged / ".doctrees", "-D", f"html_static_path={staged / '_static'}"]
-    if build_main([str(o) for o in [*options, staged, out]]): fail("Sphinx warned (see above); the notebook named there has to be mended")
+    failed = build_main([str(o) for o in [*options, staged, out]])
+    shutil.rmtree(Path(out).parent / "jupyter_execute", ignore_errors=True)   # myst-nb's copies of the outputs, beside the site
+    if failed: fail("Sphinx warned (see above); the notebook named there has to be mended")
 
 
 class Tags(HTMLParser):
