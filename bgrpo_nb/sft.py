@@ -118,7 +118,7 @@ class SupervisedConfig(TrainingArguments):
     problems: str | None = setting(None, "file of lines `expanded ⁇ answer` to train on; made afresh where it is left out")
     kind: str = setting("univariate", "kind of the problems made afresh: univariate or multivariate")
     variables: int = setting(3, "of a multivariate outer polynomial")
-    degrees: list[str] = field(default_factory=lambda: ["2_2"], metadata={"help": "degrees of the problems made afresh, outer_inner, mixed evenly"})
+    degrees: list[str] = field(default_factory=lambda: ["2_2"], metadata={"help": "degrees of the problems made afresh, outer_inner, mixed evenly; one named twice comes twice as often"})
     coefficient_bound: int = setting(20, "coefficients of the problems made afresh lie in [-bound, bound]")
     canonical: bool = setting(True, "targets in canonical form: no constant, coprime, leading coefficient above 0")
     descending: bool = setting(True, "targets with their highest term first; the policy then writes them so")
@@ -184,8 +184,8 @@ def make_samples(config: SupervisedConfig, tokenizer,
         train = [rest[i] for _ in range(-(-n // len(rest))) for i in rng.permutation(len(rest))][:n]
     else:
         held_out, train = [], []
-        for k, (outer, inner) in enumerate(map(read_degrees, config.degrees)):
-            def share(total): return total // len(config.degrees) + (k < total % len(config.degrees))
+        for outer, inner in dict.fromkeys(degrees := list(map(read_degrees, config.degrees))):
+            def share(total): return sum(total // len(degrees) + (k < total % len(degrees)) for k, pair in enumerate(degrees) if pair == (outer, inner))
             kept = _made(config, share(config.held_out), outer, inner, config.seed + 2**31)
             held_out += kept
             train += _made(config, share(n), outer, inner, config.seed, kept)
