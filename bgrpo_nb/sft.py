@@ -59,9 +59,11 @@ class ProblemStream(Dataset):
     "Token ids of problems with answers, in the order of training"
     def __init__(self, problems: Sequence[Problem], tokenizer):
         dtype = np.uint8 if len(tokenizer) <= 256 else np.int32
-        prompts, answers = (tokenize(tokenizer, texts) for texts in zip(*((p.prompt, f"{p.answer} {END}") for p in problems)))
-        self.rows = [np.array(prompt + answer, dtype) for prompt, answer in zip(prompts, answers)]
-        self.prompt_lengths = [len(prompt) for prompt in prompts]
+        self.rows, self.prompt_lengths = [], []
+        for start in range(0, len(problems), 4096): # a fast tokenizer holds several kilobytes for each text of a call
+            prompts, answers = (tokenize(tokenizer, texts) for texts in zip(*((p.prompt, f"{p.answer} {END}") for p in problems[start:start + 4096])))
+            self.rows += [np.array(prompt + answer, dtype) for prompt, answer in zip(prompts, answers)]
+            self.prompt_lengths += map(len, prompts)
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return dict(ids=self.rows[i], prompt_length=self.prompt_lengths[i])
