@@ -122,6 +122,8 @@ n = len(rows) // state.num_processes
 mine = slice(state.process_index * n, (state.process_index + 1) * n)
 pay = decomposition_reward(lambda ids: [texts[row[0]] for row in ids], "simple", distinct_bonus=0.5)
 json.dump(pay(prompts[mine], [[r] for r in rows[mine]]), open(f"{sys.argv[1]}_{state.process_index}.json", "w"))
+state.wait_for_everyone()
+state.destroy_process_group()       # a process that is left alone by another's end may abort
 """)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
