@@ -3,8 +3,12 @@
     python nbs/experiments/policies/reinforcement.py
 
 Reads the run folders named below, those that are there; what was recorded of others stays. Each run's policy and its start then answer the 2,700
-problems of `record.py` greedily, and the difference is taken problem by problem."""
+problems of `record.py` greedily, and the difference is taken problem by problem. The last three runs but for `--baseline`, FRESH being the first 9,600 of 12,800:
+
+    bgrpo generate fresh.txt --n 12800 --degrees 2_2,2_3,2_4,3_2,3_3,3_4,4_2,4_3,4_4 --canonical --seed 90002
+    bgrpo train --config configs/train/nine_degrees.yaml --problems FRESH --lr_scheduler_type linear --max_steps 300 --eval_steps 100 --baseline mean"""
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -32,11 +36,10 @@ def validation(folder):
             for r in rows if "eval_greedy_accuracy" in r]
 
 
-def solved(policy, kept={}): # [0 or 1], of all sets in turn
-    if policy not in kept:
-        model, tokenizer = load_model(policy, device="cpu"), load_tokenizer(policy)
-        kept[policy] = [int(s.first_valid == 1) for d in DEGREES for s in search_problems(model, tokenizer, read_problems(OUT / f"sets/{d}.txt"), 1, "ZZ")]
-    return kept[policy]
+@lru_cache
+def solved(policy): # [0 or 1], of all sets in turn
+    model, tokenizer = load_model(policy, device="cpu"), load_tokenizer(policy)
+    return [int(s.first_valid == 1) for d in DEGREES for s in search_problems(model, tokenizer, read_problems(OUT / f"sets/{d}.txt"), 1, "ZZ")]
 
 
 def greedily(start, policy):
@@ -53,7 +56,7 @@ if __name__ == "__main__":
         if not ((folder := Path(name)) / "policy").is_dir(): continue
         config = yaml.safe_load((folder / "config.yaml").read_text())
         run = {"run": name, "start": start, "problems": problems} | {k: config[k] for k in SETTINGS} | {"prompts_per_step": config["per_device_train_batch_size"] // config["num_generations"],
-               "evaluations": validation(folder), "greedily": greedily(config["model"] if "model" in config else None, str(folder / "policy")), **accounts(config["seed"])}
+               "evaluations": validation(folder), "greedily": greedily(config["model"], str(folder / "policy")), **accounts(config["seed"])}
         recorded["runs"] = [r for r in recorded["runs"] if r.get("run") != name] + [run]
         print(name, run["greedily"], flush=True)
     write_json(FILE, recorded)
