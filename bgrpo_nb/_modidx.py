@@ -225,6 +225,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'bgrpo_nb.generation._Decoding.over': ('generation.html#_decoding.over', 'bgrpo_nb/generation.py'),
                                      'bgrpo_nb.generation._Decoding.process': ( 'generation.html#_decoding.process',
                                                                                 'bgrpo_nb/generation.py'),
+                                     'bgrpo_nb.generation._Decoding.read_prompts': ( 'generation.html#_decoding.read_prompts',
+                                                                                     'bgrpo_nb/generation.py'),
                                      'bgrpo_nb.generation._Decoding.result': ('generation.html#_decoding.result', 'bgrpo_nb/generation.py'),
                                      'bgrpo_nb.generation._Decoding.write': ('generation.html#_decoding.write', 'bgrpo_nb/generation.py'),
                                      'bgrpo_nb.generation._best_candidates': ('generation.html#_best_candidates', 'bgrpo_nb/generation.py'),

@@ -28,7 +28,7 @@ __all__ = ['TREE_ATTENTION', 'TreeCache', 'tree_attention', 'tree_attention_on',
 # %% ../nbs/02a_beam_tree.ipynb #358ac0ec
 import inspect
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 # %% ../nbs/02a_beam_tree.ipynb #ef45a820
 import torch
@@ -80,7 +80,8 @@ class TreeCache(Cache):
     "A cache of tokens that form a tree: prompts first, then the nodes of their beams"
     def __init__(self, room: int = 64,     # nodes to make room for at first
                  static: bool = False):    # room for no more, and all of it always attended to, under a mask
-        super().__init__(layer_class_to_replicate=lambda: _TreeLayer(self))
+        me = proxy(self)                   # a layer that held its cache would keep both alive until the next garbage collection
+        super().__init__(layer_class_to_replicate=lambda: _TreeLayer(me))
         self.room, self.static, self.places = room, static, None
     def keep_prompts(self, rows: Tensor): # (b,) long
         "Forget all prompts but these"

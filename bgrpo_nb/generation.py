@@ -122,8 +122,8 @@ def _best_candidates(scores: Tensor, # (B, K) nats; -inf where a place is empty
 # %% ../nbs/03_generation.ipynb #93cc4663
 class _Decoding:
     "B prompts with K places each: what was written there, and one step on"
-    def __init__(self, tree, first: Tensor, # (B, V) logits
-                 scores: Tensor,            # (B, K): 0 in places that are filled from the start, else -inf
+    def __init__(self, tree,
+                 scores: Tensor, # (B, K): 0 in places that are filled from the start, else -inf
                  C: int, eos: Tensor, pad: int, processor):
         (B, K), device = scores.shape, scores.device
         self.tree, self.static, self.eos, self.pad, self.processor = tree, tree.static, eos, pad, processor
@@ -132,7 +132,6 @@ class _Decoding:
         self.written, self.tokens = torch.full((B, K, C), pad, device=device), torch.full((B, K), pad, device=device)
         self.ancestors = torch.zeros(B, K, tree.room if self.static else 0, dtype=torch.bool, device=device)
         self.order = self._open_first()
-        self.logits = first[:, None].expand(-1, self.order.shape[1], -1).contiguous()
         self.out = scores.clone(), self.written.clone()
 
     def _open_first(self) -> Tensor: # (B, Q) long
@@ -159,6 +158,8 @@ class _Decoding:
         written = self._of(self.written, parents).scatter(2, self.at.expand(*tokens.shape, 1), tokens[..., None])
         self._keep(scores=scores, tokens=tokens, written=written, at=self.at + 1, ancestors=self._of(self.ancestors, parents),
                    ended=ended | (tokens[..., None] == self.eos).any(-1) | (scores == -torch.inf))
+
+    def read_prompts(self): self.logits = self.tree.read_prompts()[:, None].expand(-1, self.order.shape[1], -1).contiguous()
 
     def forward(self):
         logits, seen = self.tree.extend(self.tokens.gather(1, self.order), self._of(self.ancestors, self.order))
@@ -204,18 +205,20 @@ def _tree(model, input_ids, attention_mask, K, C, static, processor=None) -> Bea
 
 # %% ../nbs/03_generation.ipynb #c42cb548
 def _run(model, search, pick, C, capture=False) -> Beams:
-    "The loop: pick tokens; as long as something is open, forward them and pick the next"
+    "Read the prompts and pick tokens; as long as something is open, forward them and pick the next"
     def advance():
         search.forward()
         pick()
-    with tree_attention_on(model), packed_linears(model, rows=search.scores.numel()):
-        pick()
-        for search.step in range(1, C):
-            if search.over(): return search.result()
-            if capture and search.step == 2: advance = _captured(advance) # the first has warmed everything up
-            advance()
-        search.step = C
-        return search.result()
+    with packed_linears(model, rows=search.scores.numel(), products=C):
+        search.read_prompts()
+        with tree_attention_on(model):
+            pick()
+            for search.step in range(1, C):
+                if search.over(): return search.result()
+                if capture and search.step == 2: advance = _captured(advance) # the first has warmed everything up
+                advance()
+            search.step = C
+            return search.result()
 
 def _captured(advance):
     graph = torch.cuda.CUDAGraph()
@@ -241,7 +244,7 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
     tree = _tree(model, input_ids, attention_mask, num_beams, max_new_tokens, static, logits_processor)
     scores = torch.full((len(input_ids), num_beams), -torch.inf, device=input_ids.device)
     scores[:, 0] = 0                                         # one beam, that has written nothing
-    search = _Decoding(tree, tree.read_prompts(), scores, max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
+    search = _Decoding(tree, scores, max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
     def pick():
         logp = search.process(search.logits.log_softmax(-1))
         search.write(*_best_candidates(search.scores, search.ended, search.order, logp, pad_token_id))
@@ -284,8 +287,8 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
         return _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, logits_processor,
                             do_sample=True, temperature=temperature, top_k=0, num_return_sequences=num_return_sequences)
     tree = _tree(model, input_ids, attention_mask, num_return_sequences, max_new_tokens, static)
-    drawn = _Decoding(tree, tree.read_prompts(), torch.zeros(len(input_ids), num_return_sequences, device=input_ids.device),
-                      max_new_tokens, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
+    drawn = _Decoding(tree, torch.zeros(len(input_ids), num_return_sequences, device=input_ids.device), max_new_tokens,
+                      _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
     return _run(model, drawn, lambda: _draw(drawn, temperature, generator), max_new_tokens)
 
 # %% ../nbs/03_generation.ipynb #bc16412e

@@ -1,7 +1,7 @@
 """Linear layers whose weights lie as the processor wants them, for as long as a search runs.
 
-A decoding step multiplies the same weights by a few rows, again and again. On a CPU in float32 oneDNN does that in about two thirds of the time once
-large weights are packed; packing costs about as much as one step. PyTorch reaches it through operators that its own compiler uses and that may
+A search multiplies the same weights by few rows, again and again. On a CPU in float32 oneDNN does that in about half the time once large weights
+are packed; packing costs about as much as two or three steps. PyTorch reaches it through operators that its own compiler uses and that may
 change, so a small product is tried first: where it differs or fails, layers stay as they are. The weights themselves are not touched."""
 from contextlib import contextmanager
 from functools import lru_cache
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-ROWS = range(8, 129)   # with fewer or more the plain product is about as fast
 FEWEST_WEIGHTS = 2**17 # a smaller matrix stays in the cache as it is
+FEWEST_PRODUCTS = 8    # fewer do not pay for the packing
 
 
 def _pack(weight: Tensor,  # (out, in) float32
-          rows: int,       # that a product will have
+          rows: int,       # that most products will have
           ) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:  # (…, in) -> (…, out)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
 @lru_cache
@@ -34,10 +34,8 @@ def packs() -> bool:
 
 
 def _forward(layer, rows):
-    "The layer's product with packed weights for few rows, its own for many"
-    plain, bias = layer.forward, layer.bias
-    packed = _pack(layer.weight.T if isinstance(layer, Conv1D) else layer.weight, rows)
-    return lambda x: _product(x, packed, bias) if x.numel() // x.shape[-1] in ROWS else plain(x)
+    packed, bias = _pack(layer.weight.T if isinstance(layer, Conv1D) else layer.weight, rows), layer.bias
+    return lambda x: _product(x, packed, bias)
 
 def _fits(layer) -> bool:
     "A plain linear layer of its class's own forward, large, in float32, on the CPU"
@@ -46,11 +44,12 @@ def _fits(layer) -> bool:
 
 
 @contextmanager
-def packed_linears(model, rows: int): # of a step, all prompts together
+def packed_linears(model, rows: int, # of a step, all prompts together
+                   products: int):   # of each layer, at most
     "Pack a model's linear layers where that pays; as they were afterwards, whatever happens. Inside another such block nothing is packed again"
     changed = []
     try:
-        if rows in ROWS and packs() and not torch.is_autocast_enabled("cpu"):
+        if products >= FEWEST_PRODUCTS and packs() and not torch.is_autocast_enabled("cpu"):
             for layer in filter(_fits, model.modules()):
                 layer.forward = _forward(layer, rows)
                 changed.append(layer)

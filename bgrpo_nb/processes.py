@@ -1,6 +1,6 @@
 """Processes that end with the one that started them: identity across machines, a child tied to its parent, every leftover found and ended.
 
-Plumbing of `runs`, `trials` and `sweep_launcher`; it knows neither sweeps nor training, and loads nothing heavy."""
+Plumbing of `runs`, `trainer`, `trials` and `sweep_launcher`; it knows neither sweeps nor training, and loads nothing heavy."""
 import ctypes
 import json
 import os
@@ -45,6 +45,11 @@ def tie_to_parent(parent, number):
     if not sys.platform.startswith("linux"): return
     ctypes.CDLL(None, use_errno=True).prctl(1, int(number))  # PR_SET_PDEATHSIG
     if os.getppid() != parent: os.kill(os.getpid(), number)  # it was gone before the tie held
+
+
+def hand_back_memory():
+    "Pages that hold only freed memory go back to the system (where the C library is glibc; elsewhere nothing happens)"
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"): libc.malloc_trim(0)
 
 
 def start(words, log, env, number=signal.SIGKILL):

@@ -103,6 +103,7 @@ from .exact_resume import ResumableGRPOTrainer
 from .figures import plot_history
 from .generation import sample
 from .model import decode_completions, encode, load_model, load_tokenizer, save_model
+from .processes import hand_back_memory
 from .rewards import BASELINES, REWARDS, advantages_of, balance_rewards, decomposition_reward, first_of_each, inner_key
 from .runs import (PlotHistory, RunLog, StopCleanly, WandbPanels, accounts, best_of, check_space, fingerprint, lower_is_better,
                            open_run, read_metrics, setting, show_progress, start_wandb, stop_wandb, write_json)
@@ -262,6 +263,8 @@ def _roll_out(self: BGRPOTrainer, prompts: list, trainer) -> dict: # TRL's rollo
 def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
                                        compute_aux_loss=False, **multimodal):
     "Per-token log-probabilities and entropies (N, C), over the trie of the rows where that is possible"
+    every = self.args.torch_empty_cache_steps
+    if every and self.args.device.type == "cpu" and self.state.global_step % every == 0: hand_back_memory()
     if self.args.share_prefixes and not compute_aux_loss and not any(v is not None for v in multimodal.values()):
         reason = why_no_tree(self.accelerator.unwrap_model(model), input_ids.shape[1])
         if reason is None:

@@ -1,4 +1,5 @@
 "Beam search, sampling and greedy decoding over a shared prefix: equal to `generate` and to a naive loop, for every family and every shape."
+import gc
 import inspect
 import warnings
 from copy import deepcopy
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bgrpo_nb.beam_tree import TREE_ATTENTION, why_no_tree
+from bgrpo_nb.beam_tree import TREE_ATTENTION, TreeCache, why_no_tree
 from bgrpo_nb.generation import PrefixGrammar, beam_search, greedy, sample
 from bgrpo_nb.model import choose_attention, load_tokenizer
 
@@ -233,6 +234,18 @@ def test_a_training_step_after_a_search(name):
     after = beam_search(model, prompt, num_beams=4, **NO_END)   # sees the new weights
     assert torch.equal(after.sequences, sequences)
     torch.testing.assert_close(after.scores, scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_search_leaves_no_cache_behind(static):
+    "Keys and values are the largest thing in a search: they must not wait for a garbage collection"
+    gc.collect()
+    gc.disable()
+    try:
+        for call, how in ((beam_search, dict(num_beams=3)), (sample, dict(num_return_sequences=3))):
+            call(family("llama"), PROMPTS, MASK, static=static, **how, **NO_END)
+            assert not [x for x in gc.get_objects() if type(x) is TreeCache]
+    finally: gc.enable()
 
 
 def test_the_prompt_is_read_once():

@@ -1,5 +1,6 @@
 "BGRPOTrainer on small models: ranks, advantages, log-probabilities, several processes, validation, signals."
 import base64
+import ctypes
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -21,6 +23,7 @@ from bgrpo_nb.cli import main
 from bgrpo_nb.data import generate_problems, write_problems
 from bgrpo_nb.evaluation import METRICS
 from bgrpo_nb.model import decode_completions, load_model, load_tokenizer, new_model, save_model
+from bgrpo_nb.processes import hand_back_memory
 from bgrpo_nb.rewards import advantages_of, decomposition_reward
 from bgrpo_nb.runs import read_metrics
 from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer, TrainConfig, _Validator, choose_problems, train_bgrpo
@@ -140,6 +143,26 @@ def test_a_reference_policy_is_forwarded_over_the_trie_too(saved, tmp_path):
     kl = [row["kl"] for row in trainer.state.log_history if "kl" in row]
     assert len(kl) == 2 and abs(kl[0]) < 1e-6 < kl[1]
     assert (trainer.args.scale_rewards, trainer.args.loss_type) == ("group", "bnpo")
+
+
+@pytest.mark.parametrize("every, times", [(None, 0), (2, 1), (1, 2)])
+def test_freed_memory_goes_back_before_each_forward_where_it_is_asked_for(tmp_path, monkeypatch, every, times):
+    handed_back = []
+    monkeypatch.setattr("bgrpo_nb.trainer.hand_back_memory", lambda: handed_back.append(1))
+    model = new_model("tiny", **SMALL)
+    BGRPOTrainer(model, by_length([]), settings(tmp_path, torch_empty_cache_steps=every), prompts(), processing_class=load_tokenizer("single")).train()
+    assert len(handed_back) == times                           # two steps of one forward each
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_memory_handed_back_leaves_the_process():
+    def held(): return psutil.Process().memory_info().rss / 2**20
+    pieces = [torch.ones(2**14) for _ in range(4096)]           # 64 KiB each: below the size that glibc maps on its own
+    full, last = held(), pieces[-1]                             # the last one keeps the heap from shrinking
+    del pieces
+    freed = held()
+    hand_back_memory()
+    assert full - freed < 64 and full - held() > 192 and last.sum() == 2**14
 
 
 def test_balanced_groups_sum_to_zero(saved, tmp_path):
