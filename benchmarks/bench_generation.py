@@ -8,6 +8,7 @@ are what counts. Runs on a GPU where there is one, and adds bf16, a captured ste
 
 On a machine that others use too, GOMP_SPINCOUNT=0 keeps OpenMP's threads from spinning while they wait for one that is not running."""
 import argparse
+import copy
 import json
 import os
 import resource
@@ -118,6 +119,23 @@ def headline(families, repeats):
     for name, model in families.items():
         check(model, prompts())
         out[name] = compare(name, ours(model, prompts()), theirs(model, prompts()), linear_products(model), repeats=repeats)
+    return out
+
+
+def compiled(families, repeats):
+    "The same search of a compiled model, beside `generate` as it is; the first search compiles"
+    out = {}
+    for name, model in families.items():
+        quick = copy.deepcopy(model)
+        quick.compile(dynamic=True)
+        torch.compiler.reset()
+        start = time.perf_counter()
+        found = ours(quick, prompts())()
+        first = time.perf_counter() - start
+        assert torch.equal(found.sequences, ours(model, prompts())().sequences), "beams differ"
+        out[name] = compare(f"{name}, compiled", ours(quick, prompts()), theirs(model, prompts()), repeats=repeats) | rounded(first_search_seconds=first)
+        one = seconds(ours(quick, prompts(), 1), ours(model, prompts(), 1), repeats=repeats)
+        out[name] |= rounded(one_beam_seconds=one[0], one_beam_uncompiled_seconds=one[1])
     return out
 
 
@@ -256,8 +274,8 @@ def main():
     with torch.no_grad():
         families = {"llama": policy()}
         if not args.quick: families |= {"gpt2": policy(position="learned"), "llama, 2 key heads": policy(num_key_value_heads=2)}
-        model, repeats = families["llama"], 3 if args.quick else 4
-        results = dict(headline=headline(families, repeats), original=original(model, 13 if args.quick else 6), profile=profile(model))
+        model, repeats = families["llama"], 3 if args.quick else 6
+        results = dict(headline=headline(families, repeats), compiled=compiled(families, repeats), original=original(model, 13 if args.quick else 6), profile=profile(model))
         print("profile", results["profile"], flush=True)
         fixed = seconds(ours(model, prompts()), ours(model, prompts(), static=True))
         results["static"] = rounded(seconds=fixed[0], static_seconds=fixed[1], over=fixed[1] / fixed[0])

@@ -28,67 +28,83 @@ __all__ = ['TREE_ATTENTION', 'TreeCache', 'tree_attention', 'tree_attention_on',
 # %% ../nbs/02a_beam_tree.ipynb #358ac0ec
 import inspect
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary, proxy
+from weakref import WeakKeyDictionary
 
 # %% ../nbs/02a_beam_tree.ipynb #ef45a820
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import set_stance
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 # %% ../nbs/02a_beam_tree.ipynb #7d072440
+class _Room:
+    "Where a cache's layers write, and how far they have written"
+    def __init__(self, nodes, static): self.nodes, self.static, self.length, self.upto, self.places = nodes, static, 0, 0, None
+
 class _TreeLayer(DynamicLayer):
-    "Keys and values of one layer, (B, H_kv, P + nodes, D), in a buffer with room for more"
-    def __init__(self, cache): # whose `places` say where new nodes go, or None: behind the last
+    "Keys and values of one layer, (B, H_kv, P + nodes, D), in buffers with room for more"
+    def __init__(self, room):
         super().__init__()
-        self.cache = cache
+        self.room, self.buffers = room, []
 
     def update(self, key_states, value_states, *args, **kwargs):
         new = key_states, value_states
-        if not self.is_initialized: self.lazy_initialization(*new)
-        used, n = self.get_seq_length(), key_states.shape[-2]
-        if used and self.cache.places is not None:
-            for buffer, x in zip(self.buffers, new): buffer.index_copy_(2, self.cache.places, x)
-            return self.keys, self.values
-        if not used: self._resize(new, n + self.cache.room)
-        elif used + n > self.buffers[0].shape[-2]: self._resize(new, n + used + max(self.cache.room, used // 2))
-        for buffer, x in zip(self.buffers, new): buffer[:, :, used:used + n] = x
-        self.keys, self.values = self.buffers if self.cache.static else (b[:, :, :used + n] for b in self.buffers)
-        return (self.keys, self.values) if used else new
+        if self.is_initialized:
+            for buffer, x in zip(self.buffers, new): buffer.index_copy_(2, self.room.places, x)
+            return tuple(self.filled(self.room.upto))
+        self.lazy_initialization(*new)
+        self.room.length = key_states.shape[2]
+        self._resize(new, self.room.length + self.room.nodes)
+        return new
 
-    def _resize(self, new, size):
-        old, used = (self.keys, self.values), self.get_seq_length()
-        make = torch.zeros if self.cache.static else torch.empty         # what is masked must be finite all the same
-        self.buffers = [make(*x.shape[:2], size, x.shape[3], dtype=x.dtype, device=x.device) for x in new]
-        if used:
-            for buffer, x in zip(self.buffers, old): buffer[:, :, :used] = x
+    def filled(self, n): return self.buffers if self.room.static else [b[:, :, :n] for b in self.buffers]
 
-    def choose(self, rows):
-        self.buffers = [x.index_select(0, rows) for x in self.buffers]
-        self.keys, self.values = (b[:, :, :self.keys.shape[2]] for b in self.buffers)
+    def get_seq_length(self): return self.room.length if self.is_initialized else 0
+
+    def grow(self, size): self._resize(self.filled(self.room.length), size)
+
+    def _resize(self, old, size):
+        make = torch.zeros if self.room.static else torch.empty          # what is masked must be finite all the same
+        self.buffers = [make(*x.shape[:2], size, x.shape[3], dtype=x.dtype, device=x.device) for x in old]
+        for buffer, x in zip(self.buffers, old): buffer[:, :, :x.shape[2]] = x
+
+    def choose(self, rows): self.buffers = [x.index_select(0, rows) for x in self.buffers]
 
     def compact(self, P, nodes):
-        n, (B, H) = nodes.shape[1], self.keys.shape[:2]
+        n, (B, H) = nodes.shape[1], self.buffers[0].shape[:2]
         prompts, heads = (torch.arange(m, device=nodes.device) for m in (B, H))
         for b in self.buffers: b[:, :, P:P + n] = b[prompts[:, None, None], heads[:, None], P + nodes[:, None]]
-        self.keys, self.values = (b[:, :, :P + n] for b in self.buffers)
+
 
 # %% ../nbs/02a_beam_tree.ipynb #982bdb49
 class TreeCache(Cache):
     "A cache of tokens that form a tree: prompts first, then the nodes of their beams"
     def __init__(self, room: int = 64,     # nodes to make room for at first
                  static: bool = False):    # room for no more, and all of it always attended to, under a mask
-        me = proxy(self)                   # a layer that held its cache would keep both alive until the next garbage collection
-        super().__init__(layer_class_to_replicate=lambda: _TreeLayer(me))
-        self.room, self.static, self.places = room, static, None
+        self.room = room = _Room(room, static) # layers hold this: one that held its cache would keep both alive until a garbage collection
+        super().__init__(layer_class_to_replicate=lambda: _TreeLayer(room))
+
+    def prepare(self, n: int, places: Tensor | None = None): # (n,) long in a static cache
+        "Say where the next n tokens go: behind the last, or to `places`"
+        r, first = self.room, self.layers[0].buffers[0]
+        r.upto = r.length + n
+        r.places = torch.arange(r.length, r.upto, device=first.device) if places is None else places
+        if not r.static and r.upto > first.shape[2]:
+            for layer in self.layers: layer.grow(r.upto + max(r.nodes, r.length // 2))
+    def advance(self):
+        "The tokens that were prepared have been written"
+        self.room.length = self.room.upto
     def keep_prompts(self, rows: Tensor): # (b,) long
         "Forget all prompts but these"
         for layer in self.layers: layer.choose(rows)
     def keep_nodes(self, P: int, nodes: Tensor): # (B, n) long: places of nodes behind the P of the prompt
         "Forget all nodes but these, and move them together; prompts stay where they are"
         for layer in self.layers: layer.compact(P, nodes)
+        self.room.length = P + nodes.shape[1]
+
 
 # %% ../nbs/02a_beam_tree.ipynb #71c80341
 TREE_ATTENTION = "beam_tree"
@@ -143,8 +159,9 @@ class BeamTree:
         "Prefill, each prompt once"
         positions = (self.on_prompt.long().cumsum(1) - 1).clamp(min=0)
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        out = self.model(input_ids=self.input_ids, attention_mask=self.on_prompt.long(), position_ids=positions,
-                         past_key_values=self.cache, use_cache=True, **last)
+        with set_stance("force_eager"):                          # read once, it would not pay for another compilation
+            out = self.model(input_ids=self.input_ids, attention_mask=self.on_prompt.long(), position_ids=positions,
+                             past_key_values=self.cache, use_cache=True, **last)
         return out.logits[:, -1].float()
 
     def extend(self, tokens: Tensor,   # (B, Q) long: what the open beams wrote last
@@ -154,13 +171,16 @@ class BeamTree:
         B, Q = tokens.shape
         if self.static:
             new = self.start + torch.arange(Q, device=tokens.device)
-            self.cache.places = new + self.on_prompt.shape[1]
+            self.cache.prepare(Q, new + self.on_prompt.shape[1])
             seen = ancestors.scatter(2, new[None, :, None].expand(B, Q, 1), True)
-        else: seen = torch.cat([ancestors, torch.eye(Q, dtype=torch.bool, device=tokens.device).expand(B, Q, Q)], -1)
+        else:
+            self.cache.prepare(Q)
+            seen = torch.cat([ancestors, torch.eye(Q, dtype=torch.bool, device=tokens.device).expand(B, Q, Q)], -1)
         allowed = torch.cat([self.on_prompt[:, None].expand(B, Q, -1), seen], -1)[:, None]
         bias = torch.zeros_like(allowed, dtype=self.model.dtype).masked_fill_(~allowed, torch.finfo(self.model.dtype).min)
         logits = self.model(input_ids=tokens, attention_mask=bias, position_ids=self.positions.expand(B, Q),
                             past_key_values=self.cache, use_cache=True).logits
+        self.cache.advance()
         self.positions += 1
         self.start += Q
         self.nodes += Q
@@ -202,6 +222,7 @@ def why_no_tree(model, length: int, # tokens of the longest prompt and completio
     return _PROBED[model]
 
 @torch.no_grad()
+@set_stance("force_eager")
 def _probe(model) -> str | None:
     "Compare a small tree with plain forwards"
     V, device = model.config.get_text_config().vocab_size, model.device

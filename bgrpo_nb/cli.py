@@ -197,6 +197,13 @@ def _load_policy(a):
 def sft(argv): "Supervised training of a policy"; return _train("sft", argv)
 def train(argv): "Train a policy by beams (BGRPO) or samples (GRPO)"; return _train("train", argv)
 
+def _part_from_the_others():
+    "Under torchrun: every process waits until all are done, then leaves the group"
+    from accelerate import PartialState
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
 def _train(command, argv):
     if {"-h", "--help"} & set(argv): return print(fields_help(command))
     if command == "sft": from bgrpo_nb.sft import SupervisedConfig as Config, train_policy as run
@@ -204,6 +211,7 @@ def _train(command, argv):
     from bgrpo_nb.runs import agent_flags, best_table
     config = read_config(Config, agent_flags(argv), f"bgrpo {command}")
     result = run(config)
+    _part_from_the_others()
     if config.process_index: return 130 if result["stopped"] else 0     # one process speaks for all
     if result["stopped"]:
         again = shlex.join(["bgrpo", command, *argv, *([] if config.resume else ["--resume"])])

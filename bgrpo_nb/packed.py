@@ -21,21 +21,38 @@ def _pack(weight: Tensor,  # (out, in) float32
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
 
 
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:  # (…, in) -> (…, out)
-    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+_PACKED: dict[int, Tensor] = {}  # by the address of the weights
+torch.library.define("bgrpo_nb::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor") # so that a compiled model can call it
+
+
+@torch.library.impl("bgrpo_nb::packed_linear", "CPU")
+def _packed_linear(x, weight, bias):  # (…, in), (out, in), (out,) -> (…, out)
+    packed = _PACKED.get(weight.data_ptr())
+    return F.linear(x, weight, bias) if packed is None else torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+
+
+@torch.library.register_fake("bgrpo_nb::packed_linear")
+def _shape(x, weight, bias): return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _product(x, weight, bias): return torch.ops.bgrpo_nb.packed_linear.default(x, weight, bias)
 
 
 @lru_cache
 def packs() -> bool:
     "Whether this PyTorch has the operators, and they multiply rightly"
     x, w, b = torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16)
-    try: return torch.allclose(_product(x, _pack(w, 6), b), F.linear(x, w, b), atol=1e-5)
+    try:
+        _PACKED[w.data_ptr()] = _pack(w, 6)
+        return torch.allclose(_product(x, w, b), F.linear(x, w, b), atol=1e-5)
     except (AttributeError, RuntimeError, TypeError): return False
+    finally: _PACKED.pop(w.data_ptr(), None)
 
 
 def _forward(layer, rows):
-    packed, bias = _pack(layer.weight.T if isinstance(layer, Conv1D) else layer.weight, rows), layer.bias
-    return lambda x: _product(x, packed, bias)
+    weight, bias = layer.weight.T if isinstance(layer, Conv1D) else layer.weight, layer.bias
+    _PACKED[weight.data_ptr()] = _pack(weight, rows)
+    return lambda x: _product(x, weight, bias)
 
 def _fits(layer) -> bool:
     "A plain linear layer of its class's own forward, large, in float32, on the CPU"
@@ -52,7 +69,9 @@ def packed_linears(model, rows: int, # of a step, all prompts together
         if products >= FEWEST_PRODUCTS and packs() and not torch.is_autocast_enabled("cpu"):
             for layer in filter(_fits, model.modules()):
                 layer.forward = _forward(layer, rows)
-                changed.append(layer)
+                changed.append((layer, layer.weight.data_ptr()))
         yield model
     finally:
-        for layer in changed: del layer.forward
+        for layer, address in changed:
+            del layer.forward
+            _PACKED.pop(address, None)  # layers may share one weight

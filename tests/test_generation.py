@@ -1,6 +1,7 @@
 "Beam search, sampling and greedy decoding over a shared prefix: equal to `generate` and to a naive loop, for every family and every shape."
 import gc
 import inspect
+import shutil
 import warnings
 from copy import deepcopy
 from functools import lru_cache
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bgrpo_nb.beam_tree import TREE_ATTENTION, TreeCache, why_no_tree
 from bgrpo_nb.generation import PrefixGrammar, beam_search, greedy, sample
 from bgrpo_nb.model import choose_attention, load_tokenizer
+from bgrpo_nb.packed import packed_linears
 
 V = 13
 SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64,
@@ -361,6 +363,54 @@ def test_the_grammar_of_a_search_in_a_training_step():
         grammar(ids, logits.log_softmax(-1)).logsumexp(-1).sum().backward()
         got.append(logits.grad)
     assert torch.equal(*got) and got[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "opt", "mixtral"])
+def test_a_compiled_model_is_searched_compiled(name, static):
+    "One graph serves every later step and search; prompts and probes are not compiled; new weights are seen"
+    torch.compiler.reset()
+    graphs, plain, model = [], deepcopy(family(name)), deepcopy(family(name))
+    model.compile(dynamic=True, fullgraph=True, backend=lambda graph, inputs: (graphs.append(1), graph.forward)[1])
+    for P, K in ((6, 3), (6, 4), (5, 3)):
+        for m in (plain, model):
+            with torch.no_grad():
+                for x in m.parameters(): x.mul_(1.05)
+        (a, b), (c, d) = ((beam_search(m, PROMPTS[:, -P:], MASK[:, -P:], num_beams=K, static=static, **NO_END),
+                           sample(m, PROMPTS[:, -P:], MASK[:, -P:], num_return_sequences=K, static=static, generator=torch.Generator().manual_seed(0), **NO_END))
+                          for m in (plain, model))
+        assert torch.equal(a.sequences, c.sequences) and torch.equal(b.sequences, d.sequences)
+        torch.testing.assert_close(a.scores, c.scores, atol=1e-4, rtol=0)
+        first = first if (P, K) != (6, 3) else len(graphs)
+    assert 1 <= first <= 2 and len(graphs) == first
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler"))])
+@pytest.mark.parametrize("kind, shape", [(T.LlamaConfig, dict(hidden_size=384, intermediate_size=512)), (T.GPT2Config, dict(n_embd=384, n_layer=2, n_head=4))])
+def test_a_compiled_model_with_packed_weights(kind, shape, backend):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    plain = T.AutoModelForCausalLM.from_config(kind(**SHAPE | shape)).eval()
+    model = deepcopy(plain)
+    model.compile(dynamic=True, fullgraph=True, backend=backend)
+    for K in (3, 4):
+        a, b = (beam_search(m, PROMPTS, MASK, num_beams=K, **NO_END) for m in (plain, model))
+        assert torch.equal(a.sequences, b.sequences)
+        torch.testing.assert_close(a.scores, b.scores, atol=1e-4, rtol=0)
+
+
+def test_packed_weights_are_those_of_their_layer():
+    "Two layers with one weight, a block within a block, weights that change, a call after the block"
+    x, layers = torch.randn(5, 512), torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512))
+    layers[2].weight = layers[0].weight
+    with torch.no_grad():
+        plain = layers(x)
+        with packed_linears(layers, rows=5, products=40):
+            with packed_linears(layers, rows=5, products=40): torch.testing.assert_close(layers(x), plain)
+            kept = layers[0].forward
+            torch.testing.assert_close(layers(x), plain)
+        layers[0].weight.mul_(2)
+        assert torch.equal(kept(x), layers[0](x)) and not torch.allclose(layers(x), plain)
 
 
 class Operations(TorchDispatchMode):
