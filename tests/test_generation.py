@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bgrpo_nb.beam_tree import TREE_ATTENTION, TreeCache, why_no_tree
 from bgrpo_nb.generation import PrefixGrammar, beam_search, greedy, sample
 from bgrpo_nb.model import choose_attention, load_tokenizer
-from bgrpo_nb.packed import packed_linears
+from bgrpo_nb.packed import packed_linears, packs
 
 V = 13
 SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64,
@@ -411,6 +411,25 @@ def test_packed_weights_are_those_of_their_layer():
             torch.testing.assert_close(layers(x), plain)
         layers[0].weight.mul_(2)
         assert torch.equal(kept(x), layers[0](x)) and not torch.allclose(layers(x), plain)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_neighbours_that_are_fed_alike_are_one_product(bias):
+    class Neighbours(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(384, n, bias=bias) for n in (384, 96, 96)) # grouped heads: two of them small
+    layers, x, other = Neighbours(), torch.randn(2, 5, 384), torch.randn(2, 5, 384)
+    def products(q, k, v): return [layers.q_proj(q), layers.k_proj(k), layers.v_proj(v)]
+    with torch.no_grad():
+        for rows in ((x, x, x), (x, other, x), (other, x, x), (other, other, other)):
+            plain = products(*rows)
+            with packed_linears(layers, rows=10, products=40), Operations() as operations:
+                assert {"forward" in vars(layer) for layer in layers.children()} == {packs()}
+                for a, b in zip(products(*rows), plain): torch.testing.assert_close(a, b)
+            assert sum("packed_linear" in name for name, _ in operations.seen) == packs()
+            others = sum(name in ("aten::linear", "aten::addmm", "aten::mm") for name, _ in operations.seen)
+            assert others == (sum(x is not rows[0] for x in rows) if packs() else 3)
 
 
 class Operations(TorchDispatchMode):
