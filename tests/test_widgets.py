@@ -182,6 +182,10 @@ def test_jupyterlab_once(browser, tmp_path):
     with server(tmp_path, "jupyterlab", "--no-browser", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--allow-root", f"--ServerApp.root_dir={tmp_path}",
                 path="/api") as address, open_page(browser) as page:
         page.set_default_timeout(SECONDS * 1000)
+        def accept(dialog):                                                                     # as a person would; on a busy machine one may come up
+            print("JupyterLab asks:", dialog.first.inner_text())
+            dialog.locator("button.jp-mod-accept").first.click()
+        page.add_locator_handler(page.locator("dialog.jp-Dialog"), accept)
         page.goto(f"{address}/lab/tree/try.ipynb")
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()            # the kernel is there
         prompt, end = page.locator(".jp-CodeCell .jp-InputPrompt").first, time.monotonic() + SECONDS
