@@ -50,7 +50,7 @@ def prompts(B=1, length=P): return torch.randint(3, 31, (B, length), generator=t
 
 
 def policy(dtype=torch.float32, **kwargs):
-    model = new_model("paper", max_position_embeddings=2304, **kwargs).to(DEVICE, dtype)
+    model = new_model("paper", max_position_embeddings=2304, **kwargs).to(DEVICE, dtype).eval()
     model.generation_config.eos_token_id = None
     return model
 

@@ -45,7 +45,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 # %% ../nbs/03_generation.ipynb #ded3d7f8
 from .beam_tree import BeamTree, tree_attention_on, why_no_tree
-from .packed import packed_linears
+from .packed import forget_packed, packed_linears
 
 # %% ../nbs/03_generation.ipynb #d88e1ec3
 class Beams(NamedTuple):
@@ -99,7 +99,9 @@ def _inference(search):
         model.eval()
         try:
             with torch.no_grad(), torch.inference_mode(alone): found = search(model, *args, **kwargs)
-        finally: model.train(training)
+        finally:
+            model.train(training)
+            if training: forget_packed(model)                    # what comes next needs the memory
         return Beams(*(x.clone() for x in found))
     return run
 

@@ -5,6 +5,7 @@ are packed; packing costs about as much as two or three steps. PyTorch reaches i
 change, so a small product is tried first: where it differs or fails, layers stay as they are. The weights themselves are not touched."""
 from contextlib import contextmanager
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ FEWEST_PRODUCTS = 8    # fewer do not pay for the packing
 FED_ALIKE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) # Transformers' names of neighbours that multiply the same rows: one product for all
 
 _PACKED: dict[tuple, tuple[Tensor, Tensor | None]] = {}  # weights and bias, by where those of the layers lie
+_USED = WeakKeyDictionary() # model: the copies of its last search; never read again, but new memory costs as much as packing, and the next take theirs
 torch.library.define("bgrpo_nb::packed_linear", "(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor") # so that a compiled model can call it
 
 
@@ -87,12 +89,14 @@ def _groups(model): # lists of layers
 @contextmanager
 def packed_linears(model, rows: int, # of a step, all prompts together
                    products: int):   # of each layer, at most
-    "Pack a model's linear layers where that pays; as they were afterwards, whatever happens. Inside another such block nothing is packed again"
-    changed, keys = [], []
+    """Pack a model's linear layers where that pays; as they were afterwards, whatever happens. Inside another such block nothing is packed again.
+    The memory of the copies stays with the model for its next search, until `forget_packed`"""
+    changed, keys, used = [], [], _USED.pop(model, [])
     try:
         if products >= FEWEST_PRODUCTS and packs() and not torch.is_autocast_enabled("cpu"):
             for layers in _groups(model):
                 weights, biases = [_out_by_in(l) for l in layers], [l.bias for l in layers]
+                if used: del used[0]             # the new copy takes its place
                 keys.append(_pack(weights, biases, rows))
                 for layer, forward in zip(layers, _forwards(layers, weights, biases)):
                     layer.forward = forward
@@ -100,4 +104,8 @@ def packed_linears(model, rows: int, # of a step, all prompts together
         yield model
     finally:
         for layer in changed: del layer.forward
-        for key in keys: _PACKED.pop(key, None)  # layers may share weights
+        if keys: _USED[model] = [_PACKED.pop(key)[0] for key in dict.fromkeys(keys)] # layers may share weights
+
+def forget_packed(model):
+    "Give the memory of a model's packed copies back"
+    _USED.pop(model, None)

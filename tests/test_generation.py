@@ -3,6 +3,7 @@ import gc
 import inspect
 import shutil
 import warnings
+import weakref
 from copy import deepcopy
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bgrpo_nb import packed
 from bgrpo_nb.beam_tree import TREE_ATTENTION, TreeCache, why_no_tree
 from bgrpo_nb.generation import PrefixGrammar, beam_search, greedy, sample
 from bgrpo_nb.model import choose_attention, load_tokenizer
@@ -411,6 +413,30 @@ def test_packed_weights_are_those_of_their_layer():
             torch.testing.assert_close(layers(x), plain)
         layers[0].weight.mul_(2)
         assert torch.equal(kept(x), layers[0](x)) and not torch.allclose(layers(x), plain)
+
+
+@pytest.mark.skipif(not packs(), reason="this PyTorch packs no weights")
+def test_packed_copies_lend_their_memory_and_nothing_else():
+    "A search packs anew what changed behind autograd's back; old copies go when new ones come, when the model is to be trained, and with the model"
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(T.LlamaConfig(**SHAPE | dict(hidden_size=384, intermediate_size=512))).eval()
+    def search(m): return beam_search(m, PROMPTS, MASK, num_beams=4, **NO_END)
+    def copies(): return [weakref.ref(x) for x in packed._USED.get(model, [])]
+    before, first = search(model), copies()
+    assert len(first) == 8 and all(x() is not None for x in first)                             # two layers of four products
+    for w in model.parameters(): w.data.neg_()
+    after, second = search(model), copies()
+    assert len(second) == 8 and all(x() is None for x in first) and not packed._PACKED
+    fresh = search(deepcopy(model))
+    assert torch.equal(after.sequences, fresh.sequences) and torch.equal(after.scores, fresh.scores)
+    assert not torch.equal(after.sequences, before.sequences)
+    search(model.train())
+    assert not copies() and model.training
+    search(model.eval())
+    third = copies()
+    del model
+    gc.collect()
+    assert third and all(x() is None for x in third)
 
 
 @pytest.mark.parametrize("bias", [False, True])
