@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bgrpo_nb import packed
+from bgrpo_nb import generation, packed
 from bgrpo_nb.beam_tree import TREE_ATTENTION, TreeCache, why_no_tree
 from bgrpo_nb.generation import PrefixGrammar, beam_search, greedy, sample
 from bgrpo_nb.model import choose_attention, load_tokenizer
@@ -485,6 +485,50 @@ def test_static_steps_repeat_one_list_of_operations(name, call, how):
     assert len(between) == 13
     quiet = [ops for ops, waits in between if not waits]
     assert len(quiet) == 12 and all(ops == quiet[0] for ops in quiet) # one look in between: has everything ended?
+
+
+class Capture(TorchDispatchMode):
+    """A CUDA graph, acted out on the CPU: operations are recorded and leave no trace in what was there before; a replay runs them again on the very same
+    tensors, with the numbers that Python handed them, and writes results where they were first"""
+    def __init__(self):
+        super().__init__()
+        self.tape, self.before = [], {}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name() != "aten::lift_fresh" and not any(w in func.name() for w in Operations.WAITS), f"{func.name()} cannot be captured"
+        leaves = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        for x in leaves: self.before.setdefault(x.untyped_storage().data_ptr(), (x.untyped_storage(), x.untyped_storage().clone()))
+        out = func(*args, **(kwargs or {}))
+        homes = {x.untyped_storage().data_ptr() for x in leaves}
+        new = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.tape.append((func, args, kwargs or {}, new, [x.untyped_storage().data_ptr() not in homes for x in new]))
+        return out
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        made = {x.untyped_storage().data_ptr() for *_, new, own in self.tape for x, o in zip(new, own) if o}
+        for where, (storage, content) in self.before.items():
+            if where not in made: storage.copy_(content)
+    def replay(self):
+        for func, args, kwargs, new, own in self.tape:
+            again = [x for x in torch.utils._pytree.tree_leaves(func(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+            for x, y, o in zip(new, again, own):
+                if o: x.copy_(y)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+def test_a_step_can_be_captured_and_replayed(name, monkeypatch):
+    "All that changes from step to step lies in tensors that stay where they are; nothing is a number of Python's"
+    tree, tapes, replays = generation._tree, [], []
+    def captured(advance):
+        tapes.append(capture := Capture())
+        with capture: advance()
+        return lambda: replays.append(capture.replay())
+    monkeypatch.setattr(generation, "_captured", captured)
+    monkeypatch.setattr(generation, "_tree", lambda *args: tree(*args[:5], bool(args[5]), *args[6:]))
+    model, how = family(name), dict(max_new_tokens=20, eos_token_id=[1, 4], pad_token_id=0)
+    for K in (1, 6):
+        fixed, replayed = (beam_search(model, PROMPTS, MASK, num_beams=K, static=s, **how) for s in (True, "capture"))
+        assert torch.equal(fixed.sequences, replayed.sequences) and torch.equal(fixed.scores, replayed.scores)
+    assert len(tapes) == 2 and len(tapes[1].tape) > 50 and len(replays) >= 15
 
 
 def test_asking_for_a_graph_without_a_device():
