@@ -274,7 +274,7 @@ def main():
     with torch.no_grad():
         families = {"llama": policy()}
         if not args.quick: families |= {"gpt2": policy(position="learned"), "llama, 2 key heads": policy(num_key_value_heads=2)}
-        model, repeats = families["llama"], 3 if args.quick else 6
+        model, repeats = families["llama"], 3 if args.quick else 9
         results = dict(headline=headline(families, repeats), compiled=compiled(families, repeats), original=original(model, 13 if args.quick else 6), profile=profile(model))
         print("profile", results["profile"], flush=True)
         fixed = seconds(ours(model, prompts()), ours(model, prompts(), static=True))
