@@ -104,7 +104,8 @@ def packed_linears(model, rows: int, # of a step, all prompts together
         yield model
     finally:
         for layer in changed: del layer.forward
-        if keys: _USED[model] = [_PACKED.pop(key)[0] for key in dict.fromkeys(keys)] # layers may share weights
+        copies = [_PACKED.pop(key)[0] for key in keys if key in _PACKED] # layers may share weights, also with those of a block within
+        if copies: _USED[model] = copies
 
 def forget_packed(model):
     "Give the memory of a model's packed copies back"

@@ -402,7 +402,7 @@ def test_a_compiled_model_with_packed_weights(kind, shape, backend):
 
 
 def test_packed_weights_are_those_of_their_layer():
-    "Two layers with one weight, a block within a block, weights that change, a call after the block"
+    "Two layers with one weight, a block within a block, another model with the same weights, weights that change, a call after the block"
     x, layers = torch.randn(5, 512), torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512))
     layers[2].weight = layers[0].weight
     with torch.no_grad():
@@ -411,6 +411,10 @@ def test_packed_weights_are_those_of_their_layer():
             with packed_linears(layers, rows=5, products=40): torch.testing.assert_close(layers(x), plain)
             kept = layers[0].forward
             torch.testing.assert_close(layers(x), plain)
+            other = torch.nn.Linear(512, 512)
+            other.weight, other.bias = layers[0].weight, layers[0].bias
+            with packed_linears(other, rows=5, products=40): torch.testing.assert_close(other(x), kept(x))
+            torch.testing.assert_close(layers(x), plain)                                       # its copy went with the other's block
         layers[0].weight.mul_(2)
         assert torch.equal(kept(x), layers[0](x)) and not torch.allclose(layers(x), plain)
 
