@@ -6,8 +6,8 @@ import time
 import sympy
 from _record import record
 
-from bgrpo_nb.data import generate_problems
-from bgrpo_nb.polynomial import coefficients
+from bgrpo_nb.algebra.problems import generate_problems
+from bgrpo_nb.algebra.polynomial import coefficients
 
 A = sympy.Symbol("a")
 

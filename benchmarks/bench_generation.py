@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from _record import RESULTS, record
 
-from bgrpo_nb.generation import beam_search, sample
-from bgrpo_nb.model import new_model
+from bgrpo_nb.search.generation import beam_search, sample
+from bgrpo_nb.policy.model import new_model
 
 P, C, K = 250, 40, 25
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,9 +7,9 @@ import time
 
 from _record import record
 
-from bgrpo_nb.data import generate_problems
-from bgrpo_nb.notation import verify_with_sympy
-from bgrpo_nb.polynomial import PrefixError, canonical_inner, coefficients, format_prefix, verify
+from bgrpo_nb.algebra.problems import generate_problems
+from bgrpo_nb.algebra.notation import verify_with_sympy
+from bgrpo_nb.algebra.polynomial import PrefixError, canonical_inner, coefficients, format_prefix, verify
 
 FITTING, OTHER = 60, 20
 

@@ -27,9 +27,9 @@ def one_case(preset, K, P, prompts, steps):
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from bgrpo_nb.model import load_tokenizer, new_model
-    from bgrpo_nb.runs import show_progress
-    from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
+    from bgrpo_nb.policy.model import load_tokenizer, new_model
+    from bgrpo_nb.recipes.callbacks import show_progress
+    from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     marks = []
 

@@ -20,15 +20,15 @@ FRUGAL = dict(prompts_at_once=8, trie_elements=2**22, torch_empty_cache_steps=1)
 
 
 def build(position="rotary"):
-    from bgrpo_nb.model import new_model
+    from bgrpo_nb.policy.model import new_model
     return new_model("paper", position=position, initializer_range=0.1)
 
 
 def logps_and_gradients():
     "One group: forward and backward over the trie and over full rows, in turns"
-    from bgrpo_nb.data import generate_problems
-    from bgrpo_nb.model import encode, load_tokenizer
-    from bgrpo_nb.trl_batching import roll_out, trie_logps
+    from bgrpo_nb.algebra.problems import generate_problems
+    from bgrpo_nb.policy.model import encode, load_tokenizer
+    from bgrpo_nb.learn.trl_batching import roll_out, trie_logps
     found, tokenizer = {}, load_tokenizer("single")
     for name, position in (("llama", "rotary"), ("gpt2", "learned")):
         model = build(position)
@@ -79,18 +79,18 @@ def one_step(kind, prompts, beta, folder):
     "An optimizer step of `kind` in this process; the second of two counts"
     from datasets import Dataset
 
-    from bgrpo_nb.data import generate_problems
-    from bgrpo_nb.model import decode_completions, load_model, load_tokenizer
-    from bgrpo_nb.rewards import decomposition_reward
-    from bgrpo_nb.runs import show_progress
-    from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
+    from bgrpo_nb.algebra.problems import generate_problems
+    from bgrpo_nb.policy.model import decode_completions, load_model, load_tokenizer
+    from bgrpo_nb.solve.decomposition_reward import decomposition_reward
+    from bgrpo_nb.recipes.callbacks import show_progress
+    from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     tokenizer, model = load_tokenizer(folder), load_model(folder, device="cpu")
     model.generation_config.eos_token_id = None
     steps = 2 if kind == "ours" else 1
     config = BGRPOConfig(output_dir=os.path.join(folder, kind), num_generations=K, per_device_train_batch_size=K, gradient_accumulation_steps=prompts, max_steps=steps, max_completion_length=C,
                          beta=beta, use_cpu=True, disable_tqdm=True, save_strategy="no", **FRUGAL)
-    algebra = decomposition_reward(lambda ids: decode_completions(tokenizer, ids))
+    algebra = decomposition_reward(tokenizer)
     def reward(prompts, completion_ids, beam_rank, **kwargs): return [r + k / 100 for r, k in zip(algebra(prompts, completion_ids, beam_rank), beam_rank)]
     dataset = Dataset.from_dict({"prompt": [p.prompt for p in generate_problems(prompts, 4, 4, seed=8)]})
     trainer = BGRPOTrainer(model, reward, config, dataset, processing_class=tokenizer) if kind == "ours" else stock_trainer(model, tokenizer, reward, config, dataset)
@@ -103,7 +103,7 @@ def one_step(kind, prompts, beta, folder):
 
 def whole_steps(prompts):
     "Each kind in a process of its own, one after the other"
-    from bgrpo_nb.model import load_tokenizer, save_model
+    from bgrpo_nb.policy.model import load_tokenizer, save_model
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         save_model(build(), load_tokenizer("single"), folder)

@@ -72,10 +72,13 @@ def unknown_flag(given: str, flags: list[str]) -> str:
 # %% ../nbs/13_cli.ipynb #5c24a303
 ALIASES = {"beam_width": "num_generations"}
 
-def own_fields(module: str, *classes: str) -> list[tuple[str, str, str]]: # name, default, help; of later classes first
-    "Fields that a module's dataclasses document, without importing it"
-    tree, out = ast.parse(Path(find_spec(f"bgrpo_nb.{module}").origin).read_text(encoding="utf-8")), {}
-    for name in classes:
+def own_fields(*classes: str, # module.Class, without bgrpo_nb
+               ) -> list[tuple[str, str, str]]: # name, default, help; of later classes first
+    "Fields that dataclasses document, without importing their modules"
+    out = {}
+    for dotted in classes:
+        module, _, name = dotted.rpartition(".")
+        tree = ast.parse(Path(find_spec(f"bgrpo_nb.{module}").origin).read_text(encoding="utf-8"))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
         for node in body:
             if not isinstance(node, ast.AnnAssign) or not isinstance(node.value, ast.Call): continue
@@ -88,10 +91,10 @@ def own_fields(module: str, *classes: str) -> list[tuple[str, str, str]]: # name
 
 def fields_help(command: str) -> str:
     "Help of `sft` or `train`"
-    module, classes, base = {"sft": ("sft", ["SupervisedConfig"], "Transformers' TrainingArguments"),
-                             "train": ("trainer", ["TrainConfig", "BGRPOConfig"], "TRL's GRPOConfig")}[command]
+    classes, base = {"sft": (["recipes.sft.SupervisedConfig"], "Transformers' TrainingArguments"),
+                     "train": (["recipes.train.TrainConfig", "learn.trainer.BGRPOConfig"], "TRL's GRPOConfig")}[command]
     lines = [f"usage: bgrpo {command} [--config FILE.yaml] [--FIELD VALUE ...]", "", COMMANDS[command][1], ""]
-    lines += [f"  --{name:<29} {text} (default: {default})" for name, default, text in own_fields(module, *classes)]
+    lines += [f"  --{name:<29} {text} (default: {default})" for name, default, text in own_fields(*classes)]
     return "\n".join([*lines, "", f"Every other field of {base} is a flag, too. --beam_width stands for --num_generations,",
                       "--use_beam true|false for --rollout beam|sample." if command == "train" else ""]).rstrip()
 
@@ -153,7 +156,7 @@ def generate(argv):
     p.add_argument("--seed", type=int, default=0, help="same seed, same problems")
     a = p.parse_args(argv)
     from random import Random
-    from bgrpo_nb import data
+    from bgrpo_nb.algebra import problems as data
     degrees, made = [data.read_degrees(d) for d in a.degrees.split(",")], []
     for k, (outer, inner) in enumerate(degrees):
         n = a.n // len(degrees) + (k < a.n % len(degrees))
@@ -175,8 +178,8 @@ def filter_problems(argv):
     p.add_argument("--lowest", type=int, default=1, help="keep from this place on; 2 leaves out what the best beam solves")
     p.add_argument("--highest", type=int, help="up to this place; left out: num_beams")
     a = p.parse_args(argv)
-    from bgrpo_nb.beam_filter import filter_by_beams
-    from bgrpo_nb.data import read_problems, write_problems
+    from bgrpo_nb.solve.beam_filter import filter_by_beams
+    from bgrpo_nb.algebra.problems import read_problems, write_problems
     model, tokenizer = _load_policy(a)
     found = filter_by_beams(model, tokenizer, read_problems(a.problems, a.limit), a.num_beams, a.lowest, a.highest, domain=a.domain,
                             allow_trivial=a.allow_trivial, progress="filter")
@@ -190,7 +193,7 @@ def _add_policy(p, nargs=None):
     p.add_argument("--limit", type=int, help="only the first problems of a file")
 
 def _load_policy(a):
-    from bgrpo_nb.model import load_model, load_tokenizer
+    from bgrpo_nb.policy.model import load_model, load_tokenizer
     return load_model(a.model), load_tokenizer(a.model)
 
 # %% ../nbs/13_cli.ipynb #30c6f62c
@@ -206,9 +209,10 @@ def _part_from_the_others():
 
 def _train(command, argv):
     if {"-h", "--help"} & set(argv): return print(fields_help(command))
-    if command == "sft": from bgrpo_nb.sft import SupervisedConfig as Config, train_policy as run
-    else: from bgrpo_nb.trainer import TrainConfig as Config, train_bgrpo as run
-    from bgrpo_nb.runs import agent_flags, best_table
+    if command == "sft": from bgrpo_nb.recipes.sft import SupervisedConfig as Config, train_policy as run
+    else: from bgrpo_nb.recipes.train import TrainConfig as Config, train_bgrpo as run
+    from bgrpo_nb.base.run_folder import best_table
+    from bgrpo_nb.recipes.wandb_logging import agent_flags
     config = read_config(Config, agent_flags(argv), f"bgrpo {command}")
     result = run(config)
     _part_from_the_others()
@@ -239,7 +243,7 @@ def evaluate(argv):
     p.add_argument("--out", default="runs/evaluation", help="folder for results.json, .csv, .md, plots and reports; what an earlier run found in it is not computed "
                    "again. Of one policy on one file also NAME.json, for the report alone")
     a = p.parse_args(argv)
-    from bgrpo_nb import testsets
+    from bgrpo_nb.solve import test_sets as testsets
     single, out = a.out.endswith(".json"), Path(a.out)
     if single and len(a.model) * len(testsets.test_sets(a.problems)) > 1: raise Fault(f"evaluate: {a.out} holds one report, and several are asked for; name a folder for --out")
     folder = out.with_suffix("") if single else out
@@ -247,7 +251,7 @@ def evaluate(argv):
                                              curve_beams=a.curve_beams or None, curve_problems=a.curve_problems, num_samples=a.num_samples, temperature=a.temperature, domain=a.domain, seed=a.seed,
                                              allow_trivial=a.allow_trivial, batch_size=a.batch_size)
     except KeyboardInterrupt:
-        print(f"bgrpo: stopped; what was found is kept in {folder / 'kept'}, and the same command goes on", file=sys.stderr)
+        print(f"bgrpo: stopped; what was found is kept in {folder / 'store'}, and the same command goes on", file=sys.stderr)
         return 130
     print(results)
     print("written to", next(iter(results.reports.values())).to_json(out) if single else folder / "results.md")
@@ -267,7 +271,7 @@ def analyze(argv):
     p.add_argument("--seed", type=int, default=0, help="of the bootstrap and of the random forests")
     p.add_argument("--out", help="folder for report.html, tidy.csv and data/; left out: analysis in the first source's folder, or runs/analysis")
     a = p.parse_args(argv)
-    from bgrpo_nb.analysis import read_runs
+    from bgrpo_nb.study.analysis import read_runs
     runs, arm = read_runs(*a.source, parameters=a.parameters, study=a.study), a.arm or "rollout"
     if a.metric not in runs.metrics and (same := "eval_" + a.metric.removeprefix("eval/")) in runs.metrics: a.metric = same
     if a.arm or a.baseline: runs.arms(arm, a.baseline, a.metric)
@@ -289,13 +293,13 @@ def plot(argv):
     folder = Path(a.run)
     if (folder / "results.json").is_file(): return _plot_evaluation(folder, a.out or folder / "plots")
     if not (path := folder / "metrics.jsonl").is_file(): raise Fault(f"plot: {a.run} is no folder of a run or an evaluation, it has no metrics.jsonl and no results.json")
-    from bgrpo_nb.figures import plot_history
-    from bgrpo_nb.runs import read_metrics
+    from bgrpo_nb.solve.evaluation_figures import plot_history
+    from bgrpo_nb.base.run_folder import read_metrics
     print("drawn in", plot_history(read_metrics(path), a.out or folder / "plots" / "history.png"))
 
 def _plot_evaluation(folder, out):
     import json
-    from bgrpo_nb.tables import draw
+    from bgrpo_nb.solve.evaluation_report import draw
     try: drawn = draw(json.loads((folder / "results.json").read_text(encoding="utf-8")), out)
     except (ValueError, KeyError, TypeError) as e:
         raise Fault(f"plot: {folder / 'results.json'} was not written by `bgrpo evaluate` ({type(e).__name__}: {e}); run that again, it computes only what is missing") from None
@@ -308,7 +312,7 @@ def convert(argv):
     p.add_argument("destination", help="a folder, or a .pt or .safetensors file")
     p.add_argument("--n_head", type=int, help="attention heads; left out: from model_configuration.json beside the source")
     a = p.parse_args(argv)
-    from bgrpo_nb.model import convert_checkpoint
+    from bgrpo_nb.policy.model import convert_checkpoint
     print("written to", convert_checkpoint(a.source, a.destination, {"n_head": a.n_head} if a.n_head else None))
 
 # %% ../nbs/13_cli.ipynb #5eee9002
@@ -334,7 +338,7 @@ def sweep(argv):
     p.add_argument("--join", metavar="ID", help="W&B: help a sweep that runs; ENTITY/PROJECT/ID, or ID with --project")
     a = p.parse_args(argv)
     _refuse_sweep(a)
-    from bgrpo_nb import sweep_launcher as run, sweeps
+    from bgrpo_nb.study import launcher as run, sweeps
     hands = dict(gpus=_read_gpus(a.gpus), threads=a.threads)
     if a.join: return run.run_wandb(None, None, a.output_dir, a.workers, a.entity, a.project, a.join, **hands)
     engine = a.engine if a.engine != "auto" else "wandb" if run.logged_in() and not a.storage and not a.resume else "optuna"
@@ -365,15 +369,15 @@ def _read_seeds(text) -> tuple[int, ...] | None:
     return seeds
 
 def _read_gpus(text) -> list[str] | None:
-    from bgrpo_nb.processes import visible_gpus
+    from bgrpo_nb.base.processes import visible_gpus
     if text is None: return visible_gpus() or None
     return [] if text == "none" else text.split(",")
 
 def _check_trials(found, seed):
     "Refuse a plan of `bgrpo train` that holds a trial which its config would refuse"
-    from bgrpo_nb import sweeps
+    from bgrpo_nb.study import sweeps
     if found.command != sweeps.TRAIN: return
-    from bgrpo_nb.trainer import TrainConfig
+    from bgrpo_nb.recipes.train import TrainConfig
     points = [p.parameters for p in sweeps.plan(found, seed)] if found.method != "bayes" else sweeps.draw(found.swept, 5, seed)
     for parameters in {json.dumps(p): p for p in points}.values():
         flags = [w for w in sweeps.words(["${args}"], found.fixed | parameters)]
@@ -393,11 +397,11 @@ def demo(argv):
     p.add_argument("--seed", type=int, default=0, help="of the problems and the training")
     a = p.parse_args(argv)
     folder = _make_way(Path(a.output_dir))
-    from bgrpo_nb import evaluation
-    from bgrpo_nb.beam_filter import filter_by_beams
-    from bgrpo_nb.data import generate_problems
-    from bgrpo_nb.model import load_model, load_tokenizer
-    from bgrpo_nb.trainer import TrainConfig, train_bgrpo
+    from bgrpo_nb.solve import evaluation
+    from bgrpo_nb.solve.beam_filter import filter_by_beams
+    from bgrpo_nb.algebra.problems import generate_problems
+    from bgrpo_nb.policy.model import load_model, load_tokenizer
+    from bgrpo_nb.recipes.train import TrainConfig, train_bgrpo
     import torch
     torch.set_num_threads(1)  # the searches of so small a policy gain little from a second thread, and wait for it on a busy machine
     model, tokenizer, seed = load_model("tiny", device="cpu"), load_tokenizer("tiny"), 10_000 + a.seed  # the policy was trained on seeds 0 and 1
@@ -430,7 +434,7 @@ def _make_way(folder: Path) -> Path: # the folder, empty
 
 def demo_table(pairs: dict) -> str: # title -> (report before, report after)
     "Before, after and the paired difference with its 95 % interval, metric by metric"
-    from bgrpo_nb.evaluation import METRICS, compare, name_of
+    from bgrpo_nb.solve.evaluation import METRICS, compare, name_of
     lines = []
     for title, (before, after) in pairs.items():
         lines += [f"{title} ({len(before)} held-out problems)", f"  {'':<17}{'before':>8}{'after':>8}{'difference':>12}   95 %"]

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from bgrpo_nb.model import load_model
-from bgrpo_nb.trl_batching import roll_out, share_groups, trie_logps
+from bgrpo_nb.policy.model import load_model
+from bgrpo_nb.learn.trl_batching import roll_out, share_groups, trie_logps
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

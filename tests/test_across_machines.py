@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from bgrpo_nb.data import generate_problems, write_problems
-from bgrpo_nb.runs import read_metrics
+from bgrpo_nb.algebra.problems import generate_problems, write_problems
+from bgrpo_nb.base.run_folder import read_metrics
 
 REPO = Path(__file__).parent.parent
 PAGE = json.loads((REPO / "nbs/tutorials/train_across_machines.ipynb").read_text(encoding="utf-8"))

@@ -15,9 +15,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from bgrpo_nb.analysis import METRIC, read_runs, simulate
+from bgrpo_nb.study.analysis import METRIC, read_runs, simulate
 from bgrpo_nb.cli import main
-from bgrpo_nb.run_sources import read_record
+from bgrpo_nb.study.run_readers import read_record
 
 # planned, attempt, rollout, learning rate, seed, last value, state
 SIX = [(0, 0, "beam", 1e-5, 0, 0.41, "finished"), (1, 0, "sample", 1e-5, 0, 0.39, "finished"), (2, 0, "beam", 1e-4, 0, None, "failed"),
@@ -212,7 +212,7 @@ def test_a_missing_sqlite_file_is_not_made(tmp_path):
 def test_nobody_is_asked_for_a_key(tmp_path):
     "A mistyped folder looks like entity/project"
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | dict(HOME=str(tmp_path), PYTHONPATH=str(Path(__file__).parent.parent))
-    done = subprocess.run([sys.executable, "-c", "from bgrpo_nb.run_sources import collect; collect(['no_such/folder'])"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "from bgrpo_nb.study.run_readers import collect; collect(['no_such/folder'])"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 1 and "ValueError: no_such/folder is no file or folder here" in done.stderr
 
 
@@ -226,14 +226,14 @@ def test_an_export_with_nothing_in_it(tmp_path):
 
 def test_the_authors_names_are_ours():
     runs = [read_record(dict(name=f"r{i}", state="finished", config=dict(use_beam=beam, beam_width=16, seed=0), summary={"eval/beam_rank_score": 0.5})) for i, beam in enumerate([True, False])]
-    from bgrpo_nb.analysis import tidy
+    from bgrpo_nb.study.analysis import tidy
     table = tidy(runs)
     assert list(table.table.rollout) == ["beam", "sample"] and table.fixed == {"num_generations": 16}
 
 
 def test_settings_that_follow_from_another_are_no_parameters():
     "An objective brings its loss; a group's size brings the batch's"
-    from bgrpo_nb.analysis import tidy
+    from bgrpo_nb.study.analysis import tidy
     def record(i, objective, size): return read_record(dict(name=f"r{i}", state="finished", summary={"eval/beam_rank_score": 0.5},
         config=dict(objective=objective, loss_type={"paper": "grpo", "original": "bnpo"}[objective], num_generations=size, per_device_train_batch_size=48 * size, seed=0)))
     assert tidy([record(i, o, n) for i, (o, n) in enumerate([("paper", 8), ("original", 8), ("paper", 16), ("original", 16)])]).parameters == ["num_generations", "objective"]

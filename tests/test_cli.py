@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bgrpo_nb.data import generate_problems, polynomial_key, read_problems, write_problems
-from bgrpo_nb.evaluation import Report
-from bgrpo_nb.runs import read_metrics
+from bgrpo_nb.algebra.problems import generate_problems, polynomial_key, read_problems, write_problems
+from bgrpo_nb.solve.evaluation import Report
+from bgrpo_nb.base.run_folder import read_metrics
 
 COMMANDS = ["demo", "generate", "sft", "filter", "train", "evaluate", "plot", "sweep", "analyze", "convert"]
 
@@ -53,8 +53,8 @@ def test_what_cannot_be_done_is_one_line_and_status_2(line, says, tmp_path):
 def test_every_config_of_the_repository_is_read(path):
     "configs/COMMAND/*.yaml, each by its command; sweeps in test_sweeps.py, accelerate in test_trainer.py"
     from bgrpo_nb.cli import read_config
-    from bgrpo_nb.sft import SupervisedConfig
-    from bgrpo_nb.trainer import TrainConfig
+    from bgrpo_nb.recipes.sft import SupervisedConfig
+    from bgrpo_nb.recipes.train import TrainConfig
     config = read_config({"sft": SupervisedConfig, "train": TrainConfig}[path.parent.name], ["--config", str(path), "--use_cpu", "true"], "bgrpo")
     assert str(config.output_dir).startswith("runs/") and (path.name != "original.yaml" or (config.scale_rewards, config.num_iterations, config.beta) == ("group", 5, 0.01))
 

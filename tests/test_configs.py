@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from bgrpo_nb.cli import main, read_config
-from bgrpo_nb.data import degree, generate_problems, polynomial_key, read_problems, write_problems
-from bgrpo_nb.runs import read_metrics
-from bgrpo_nb.trainer import TrainConfig, choose_problems
+from bgrpo_nb.algebra.problems import degree, generate_problems, polynomial_key, read_problems, write_problems
+from bgrpo_nb.base.run_folder import read_metrics
+from bgrpo_nb.recipes.train import TrainConfig, choose_problems
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs/train").glob("*.yaml"))
 SMALL = ("--prompts_per_step 2 --num_generations 4 --held_out 4 --eval_limit 4 --eval_steps 1 --save_steps 1 --num_beams 4 --wide_beams 6 --num_samples 2 "

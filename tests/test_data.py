@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from oracles import agrees, compose, names
 from scipy.stats import ks_2samp
 
-from bgrpo_nb.data import (Problem, canonical_rows, compose_rows, filter_by_degree, format_rows, generate_multivariate,
-                           generate_on_singlets,
-                           generate_problems, mix, polynomial_key, read_problems, split, write_problems)
-from bgrpo_nb.polynomial import PrefixError, canonical_inner, coefficients, degree, format_prefix, parse, verify, verify_batch
+from bgrpo_nb.algebra.problems import (
+    Problem, canonical_rows, compose_rows, filter_by_degree, format_rows, generate_multivariate,
+    generate_on_singlets, generate_problems, mix, polynomial_key, read_problems, split, write_problems)
+from bgrpo_nb.algebra.polynomial import (
+    PrefixError, canonical_inner, coefficients, degree, format_prefix, parse, verify, verify_batch)
 
 steady = settings(derandomize=True, deadline=None, database=None)
 GENERATORS = {"2∘2": lambda n, **k: generate_problems(n, 2, 2, **k), "4∘4": lambda n, **k: generate_problems(n, 4, 4, **k),
@@ -172,7 +173,7 @@ def test_the_authors_form_of_singlets(shared):
 @pytest.mark.parametrize("kind,vocabulary", [("2∘2", "single"), ("4∘4", "single"), ("canonical", "single"),
                                              ("multivariate", "multi"), ("singlets", "multi")])
 def test_every_word_is_in_the_vocabulary(kind, vocabulary):
-    from bgrpo_nb.model import vocabularies
+    from bgrpo_nb.policy.model import vocabularies
     assert {w for p in GENERATORS[kind](300, seed=4) for w in p.line.split()} <= set(vocabularies()[vocabulary])
 
 

@@ -13,15 +13,15 @@ import pytest
 import sympy
 import torch
 
-from bgrpo_nb.beam_filter import search_problems
+from bgrpo_nb.solve.beam_filter import search_problems
 from bgrpo_nb.cli import main
-from bgrpo_nb.data import generate_problems, read_problems, write_problems
-from bgrpo_nb.decomposition import Decomposition, decompose
-from bgrpo_nb.evaluation import METRICS, Report, Row, compare, evaluate, wilson
-from bgrpo_nb.kept import Kept, fingerprint
-from bgrpo_nb.model import load_model, load_tokenizer, save_model
-from bgrpo_nb.polynomial import verify
-from bgrpo_nb.testsets import PUBLISHED, evaluate_files, published_degrees, published_figures, short_names
+from bgrpo_nb.algebra.problems import generate_problems, read_problems, write_problems
+from bgrpo_nb.solve.decomposition import Decomposition, decompose
+from bgrpo_nb.solve.evaluation import METRICS, Report, ProblemResult, compare, evaluate, wilson
+from bgrpo_nb.solve.result_store import ResultStore, policy_fingerprint
+from bgrpo_nb.policy.model import load_model, load_tokenizer, save_model
+from bgrpo_nb.algebra.polynomial import verify
+from bgrpo_nb.solve.test_sets import PUBLISHED, evaluate_files, published_degrees, published_figures, short_names
 
 SMALL = dict(num_beams=4, wide_beams=6, num_samples=3, curve_beams=10)
 FLAGS = [word for name, k in SMALL.items() for word in (f"--{name}", str(k))]
@@ -116,12 +116,12 @@ def test_plot_redraws_from_the_files_alone(results, tmp_path, capsys):
 def test_a_killed_evaluation_goes_on(sets, tmp_path):
     "kill -9 while results come in, a torn line on top; the second run keeps every whole line, and ends in the files of a run that was never stopped"
     def whole_run(name): return evaluate_files(["tiny"], [sets / "mixed.txt"], tmp_path / name, batch_size=1, **SMALL)
-    def lines(name): return sum(p.read_bytes().count(b"\n") for p in (tmp_path / name / "kept").glob("*.jsonl"))
+    def lines(name): return sum(p.read_bytes().count(b"\n") for p in (tmp_path / name / "store").glob("*.jsonl"))
     process, deadline = evaluate_in_a_process("--problems", sets / "mixed.txt", *FLAGS, "--batch_size", 1, "--out", "killed", cwd=tmp_path), time.monotonic() + 200
     while lines("killed") < 14 and process.poll() is None and time.monotonic() < deadline: time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL and not (tmp_path / "killed/results.json").exists()
-    found = {p: p.read_bytes() for p in (tmp_path / "killed/kept").glob("*.jsonl")}
+    found = {p: p.read_bytes() for p in (tmp_path / "killed/store").glob("*.jsonl")}
     first = next(p for p in found if p.name.startswith("beams-1-"))
     with first.open("ab") as file: file.write(b'{"problem": 3, "reasons": "ok')
     there = lines("killed")
@@ -135,7 +135,7 @@ def test_a_killed_evaluation_goes_on(sets, tmp_path):
 def test_a_second_run_computes_nothing(policies, sets, results, monkeypatch):
     found, out = results
     before = files(out)
-    import bgrpo_nb.evaluation as module
+    import bgrpo_nb.solve.evaluation as module
     def never(*args, **kwargs): raise AssertionError("searched again")
     for name in ("beam_search", "sample"): monkeypatch.setattr(module, name, never)
     again = evaluate_files(list(policies.values()), [sets], out, **SMALL)
@@ -145,7 +145,7 @@ def test_a_second_run_computes_nothing(policies, sets, results, monkeypatch):
 
 
 def test_only_what_is_missing_is_computed(policies, sets, tmp_path, monkeypatch):
-    import bgrpo_nb.evaluation as module
+    import bgrpo_nb.solve.evaluation as module
     asked, search = [], module.beam_search
     monkeypatch.setattr(module, "beam_search", lambda model, ids, *args, **kwargs: asked.append((len(ids), kwargs["num_beams"])) or search(model, ids, *args, **kwargs))
     few = dict(SMALL, max_new_tokens=20)
@@ -164,22 +164,22 @@ def test_only_what_is_missing_is_computed(policies, sets, tmp_path, monkeypatch)
 
 
 def test_two_evaluations_do_not_write_one_file(tmp_path):
-    kept = Kept(tmp_path, model="m", data="d")
-    with kept.open("beams-3", width=3) as lines:
+    store = ResultStore(tmp_path, model="m", data="d")
+    with store.open("beams-3", width=3) as lines:
         lines.add({4: {"reasons": "ok"}})
-        with pytest.raises(OSError, match="another evaluation writes to .*choose another --out"), kept.open("beams-3", width=3): pass
-        with kept.open("beams-3", width=3, domain="ZZ") as others: assert others.found == {}
-    with kept.open("beams-3", width=3) as lines: assert lines.found == {4: {"reasons": "ok"}}
+        with pytest.raises(OSError, match="another evaluation writes to .*choose another --out"), store.open("beams-3", width=3): pass
+        with store.open("beams-3", width=3, domain="ZZ") as others: assert others.found == {}
+    with store.open("beams-3", width=3) as lines: assert lines.found == {4: {"reasons": "ok"}}
     lines.path.write_text("no JSON\n")
-    with kept.open("beams-3", width=3) as lines: assert lines.found == {}
+    with store.open("beams-3", width=3) as lines: assert lines.found == {}
 
 
 def test_a_fingerprint_is_of_what_the_policy_is(policies, tmp_path):
     tokenizer, tiny = load_tokenizer("tiny"), load_model("tiny", device="cpu")
     save_model(tiny, tokenizer, tmp_path / "copy")
-    assert fingerprint(tiny, tokenizer) == fingerprint(load_model(tmp_path / "copy", device="cpu"), load_tokenizer(tmp_path / "copy"))
-    assert fingerprint(tiny, tokenizer) != fingerprint(load_model(policies["disturbed"], device="cpu"), tokenizer)
-    assert fingerprint(tiny, tokenizer) != fingerprint(tiny, load_tokenizer("multi"))
+    assert policy_fingerprint(tiny, tokenizer) == policy_fingerprint(load_model(tmp_path / "copy", device="cpu"), load_tokenizer(tmp_path / "copy"))
+    assert policy_fingerprint(tiny, tokenizer) != policy_fingerprint(load_model(policies["disturbed"], device="cpu"), tokenizer)
+    assert policy_fingerprint(tiny, tokenizer) != policy_fingerprint(tiny, load_tokenizer("multi"))
 
 
 @pytest.mark.parametrize("words,says", [
@@ -210,7 +210,7 @@ def test_files_without_answers_on_request(tmp_path):
 
 def test_the_curve_is_the_k_best_of_one_search():
     places, own = [1, 3, None, 2, 9], [True, False, False, True, False]
-    rows = [Row("^ a P 4", 4, 2, g, p if p and p <= 4 else None, p if p and p <= 6 else None, 0, "ok", p or 0, "ok") for p, g in zip(places, own)]
+    rows = [ProblemResult("^ a P 4", 4, 2, g, p if p and p <= 4 else None, p if p and p <= 6 else None, 0, "ok", p or 0, "ok") for p, g in zip(places, own)]
     report = Report(rows, dict(SMALL))
     curve = report.by_width()
     assert [k for k, *_ in curve] == list(range(1, 11))
@@ -238,7 +238,7 @@ def test_a_wide_search_is_not_a_narrow_one():
 def test_the_authors_sets_are_known_by_content(shared, degrees):
     problems = read_problems(shared / f"published/test_dataset_{degrees}.txt", 300)
     outer, inner = map(int, degrees.split("_"))
-    rows = [Row(p.expanded, outer * inner, inner, i % 2 == 0, 1, 1, 1, "ok", None, "ok") for i, p in enumerate(problems)]
+    rows = [ProblemResult(p.expanded, outer * inner, inner, i % 2 == 0, 1, 1, 1, "ok", None, "ok") for i, p in enumerate(problems)]
     report = Report(rows, dict(num_beams=10, domain="ZZ"))
     assert published_degrees(report) == degrees and published_degrees(Report(rows[1:], report.settings)) is None
     found = published_figures(report)
@@ -285,6 +285,6 @@ def test_reports_read_well(results):
 
 
 def test_a_generated_set_is_not_taken_for_the_authors():
-    rows = [Row(p.expanded, 6, 2, False, None, None, 0, "trivial") for p in generate_problems(100, 3, 2, seed=1)]
+    rows = [ProblemResult(p.expanded, 6, 2, False, None, None, 0, "trivial") for p in generate_problems(100, 3, 2, seed=1)]
     for name, found in (("3_2.txt", None), ("test_dataset_3_2.txt", "3_2"), ("test_dataset_2_2.txt", None)):
         assert published_degrees(Report(rows, {}, {"data": {"name": name}})) == found

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bgrpo_nb import generation, packed
-from bgrpo_nb.beam_tree import TREE_ATTENTION, TreeCache, why_no_tree
-from bgrpo_nb.generation import PrefixGrammar, beam_search, greedy, sample
-from bgrpo_nb.model import choose_attention, load_tokenizer
-from bgrpo_nb.packed import packed_linears, packs
+from bgrpo_nb.search import generation, packed_weights as packed
+from bgrpo_nb.search.beam_tree import TREE_ATTENTION, TreeCache, why_no_tree
+from bgrpo_nb.search.generation import PrefixGrammar, beam_search, greedy, sample
+from bgrpo_nb.policy.model import choose_attention, load_tokenizer
+from bgrpo_nb.search.packed_weights import packed_linears, packs
 
 V = 13
 SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64,
@@ -286,7 +286,7 @@ def test_stops_when_nothing_open_can_enter(name):
     (T.Gemma3TextConfig(**HEAD, sliding_window=10), "window of 10 tokens"),
     (T.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, eos_token_id=None), "no position_ids")], ids=lambda x: type(x).__name__)
 def test_families_without_a_tree_warn_once(config, reason):
-    from bgrpo_nb import generation
+    from bgrpo_nb.search import generation
     generation._WARNED.clear()
     torch.manual_seed(0)
     model = T.AutoModelForCausalLM.from_config(config).eval()

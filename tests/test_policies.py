@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from bgrpo_nb import decompose
-from bgrpo_nb.data import generate_multivariate, generate_problems
-from bgrpo_nb.evaluation import evaluate, wilson
-from bgrpo_nb.model import ASSETS, load_model, load_tokenizer
-from bgrpo_nb.notation import to_sympy
-from bgrpo_nb.polynomial import verify
+from bgrpo_nb.algebra.problems import generate_multivariate, generate_problems
+from bgrpo_nb.solve.evaluation import evaluate, wilson
+from bgrpo_nb.base.assets import ASSETS
+from bgrpo_nb.policy.model import load_model, load_tokenizer
+from bgrpo_nb.algebra.notation import to_sympy
+from bgrpo_nb.algebra.polynomial import verify
 
 RECORD = json.loads((Path(__file__).parents[1] / "nbs/experiments/policies/record.json").read_text())
 NAMES = ("tiny", "small", "multivariate")

@@ -13,11 +13,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from bgrpo_nb import runs
-from bgrpo_nb.data import generate_problems, write_problems
-from bgrpo_nb.model import load_tokenizer, new_model, save_model
-from bgrpo_nb.runs import check_space, open_run, read_metrics, where_to_resume
-from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
+from bgrpo_nb.base import run_folder
+from bgrpo_nb.algebra.problems import generate_problems, write_problems
+from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
+from bgrpo_nb.base.run_folder import check_space, open_run, read_metrics, newest_checkpoint
+from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
 
 BGRPO = str(Path(sys.executable).with_name("bgrpo"))
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
@@ -107,7 +107,7 @@ def test_kill_9_and_resume(policy, tmp_path, processes):
     for pid in [running.pid, *children(running.pid)]: os.kill(pid, signal.SIGKILL)
     running.communicate()
     torn = tmp_path / "killed/checkpoint-9"                             # as if it had been killed while it wrote this one
-    shutil.copytree(where_to_resume(tmp_path / "killed"), torn, dirs_exist_ok=True)
+    shutil.copytree(newest_checkpoint(tmp_path / "killed"), torn, dirs_exist_ok=True)
     (torn / "trainer_state.json").write_text('{"global_step": 9, "log')
     again = subprocess.run([*command(policy, "killed", processes), "--resume"], cwd=tmp_path, env=ALONE, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -130,7 +130,7 @@ def test_sigterm_at_one_of_two_processes_saves_and_ends_both(policy, tmp_path):
     said, errors = running.communicate(timeout=240)
     assert said.count("stopped after step") == 1 and "go on with: bgrpo train" in said, said + errors[-3000:]
     step = int(said.split("stopped after step ")[1].split(",")[0])
-    checkpoint = where_to_resume(tmp_path / "run")
+    checkpoint = newest_checkpoint(tmp_path / "run")
     assert checkpoint.name == f"checkpoint-{step}" and {p.name for p in checkpoint.glob("pending_*")} == {"pending_0_of_2.pt", "pending_1_of_2.pt"}
 
 
@@ -157,9 +157,9 @@ def test_a_disk_too_small_is_found_before_training(policy, tmp_path, monkeypatch
     model = new_model("tiny", **SMALL)
     weights = 4 * sum(p.numel() for p in model.parameters())
     need = 3 * 3 * weights + weights
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need, need))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need, need))
     check_space(config, model)
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need + 1, need - 1))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need + 1, need - 1))
     with pytest.raises(OSError, match="3 checkpoints of .* lower --save_total_limit"): check_space(config, model)
 
 
@@ -201,7 +201,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(policy, tmp_path):
     said = [line for line in done.stderr.splitlines() if line.startswith("bgrpo:")]
     assert len(said) == 1 and "cannot be written" in said[0] and "go on with --resume" in said[0], done.stderr[-2000:]
     kept = sorted(p.name for p in (tmp_path / "kept").iterdir())
-    assert kept and where_to_resume(tmp_path / "kept").name == kept[-1]
+    assert kept and newest_checkpoint(tmp_path / "kept").name == kept[-1]
     shutil.copytree(tmp_path / "kept", tmp_path / "disk/run")              # the namespace is gone, and the disk with it
     steps = int(kept[-1][11:])
     again = subprocess.run([*command(policy, "disk/run", max_steps=steps + 1, held_out=0, save_steps=1), "--resume"], cwd=tmp_path, env=ALONE, capture_output=True, text=True)

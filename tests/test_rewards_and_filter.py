@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import agrees
 
-from bgrpo_nb.beam_filter import answer_tokens, filter_by_beams, search_problems
-from bgrpo_nb.data import Problem, generate_multivariate, generate_on_singlets, generate_problems
-from bgrpo_nb.evaluation import METRICS, Difference, Report, Row, beam_rank_score, bootstrap, compare, decompose, evaluate, wilson
-from bgrpo_nb.generation import sample
-from bgrpo_nb.model import decode_completions, encode, load_model, load_tokenizer, tokenize
-from bgrpo_nb.notation import to_sympy
-from bgrpo_nb.polynomial import Verdict, canonical_inner, decompose_exact, degree, verify
-from bgrpo_nb.rewards import REWARDS, advantages_of, balance_rewards, decomposition_reward, first_of_each, inner_key, leave_one_out, rewards_of
+from bgrpo_nb.solve.beam_filter import answer_tokens, filter_by_beams, search_problems
+from bgrpo_nb.algebra.problems import Problem, generate_multivariate, generate_on_singlets, generate_problems
+from bgrpo_nb.solve.decomposition import decompose
+from bgrpo_nb.solve.evaluation import (
+    METRICS, Difference, Report, ProblemResult, beam_rank_score, bootstrap, compare, evaluate, wilson)
+from bgrpo_nb.search.generation import sample
+from bgrpo_nb.policy.model import decode_completions, encode, load_model, load_tokenizer, tokenize
+from bgrpo_nb.algebra.notation import to_sympy
+from bgrpo_nb.algebra.polynomial import Verdict, canonical_inner, decompose_exact, degree, verify
+from bgrpo_nb.learn.rewards import REWARDS, advantages_of, balance_rewards, first_of_each, leave_one_out, rewards_of
+from bgrpo_nb.solve.decomposition_reward import decomposition_reward, answer_key
 
 steady = settings(derandomize=True, deadline=None, database=None)
 
@@ -87,51 +90,10 @@ def test_the_first_of_each_is_new_in_its_run_of_one_prompt(rows):
 def test_equivalent_completions_have_one_key():
     for p in generate_problems(20, 2, 3, seed=8):
         again = f"+ P 9 + * N 3 {p.answer}" if p.answer.startswith("^") else p.answer
-        assert inner_key(p.answer) == inner_key(canonical_inner(p.answer)) == inner_key(f"* P 2 ^ b P 2 & {p.answer}") and verify(p.expanded, again)
-    for p in generate_on_singlets(5, seed=3): assert inner_key(p.answer) == (canonical_inner(p.answer),)
-    for p in generate_multivariate(20, seed=3): assert len(inner_key(p.answer)) == p.answer.count("&")
-    assert inner_key("+ a ^ a P 2") != inner_key("+ * P 2 a ^ a P 2")
-
-
-TEXTS = {0: "^ a P 2", 1: "a", 2: None, 3: "* P 2 ^ a P 2", 4: "^ a P 3", 5: "+ P 4 * N 1 ^ a P 3"}
-def decode_number(rows): return [TEXTS[row[0]] for row in rows]
-
-
-@settings(steady, max_examples=60)
-@given(st.lists(st.lists(st.integers(0, 5), min_size=6, max_size=6), min_size=1, max_size=4), st.sampled_from(sorted(REWARDS)))
-def test_the_bonus_pays_each_distinct_answer_of_a_group_once(groups, reward):
-    prompts = [p for g in range(len(groups)) for p in [f"+ P {g % 2 + 1} ^ a P 1 2 \u2047"] * 6]
-    rows, ranks = [[k] for group in groups for k in group], [*range(6)] * len(groups)
-    plain, paid = (decomposition_reward(decode_number, reward, distinct_bonus=b)(prompts, rows, beam_rank=ranks) for b in (0.0, 0.25))
-    extra = np.subtract(paid, plain).reshape(-1, 6).round(9)
-    for group, bonus in zip(groups, extra):
-        squares, cubes = ([i for i, k in enumerate(group) if k in kinds] for kinds in ((0, 3), (4, 5)))
-        assert {i for i in range(6) if bonus[i]} == {part[0] for part in (squares, cubes) if part} and set(bonus) <= {0, 0.25}
-
-
-def test_a_group_on_two_processes_is_paid_as_on_one(tmp_path):
-    "Groups of 4 in slices of 6 rows, by torchrun: the second group lies on both"
-    (tmp_path / "pay.py").write_text("""
-import json, sys
-from accelerate import PartialState
-from bgrpo_nb.rewards import decomposition_reward
-texts, rows = {0: "^ a P 2", 1: "a", 3: "* P 2 ^ a P 2", 4: "^ a P 3"}, [0, 3, 1, 4, 1, 3, 0, 4, 3, 0, 0, 1]
-prompts = [p for g in "123" for p in [f"+ P {g} ^ a P 1 2"] * 4]
-state = PartialState(cpu=True)
-n = len(rows) // state.num_processes
-mine = slice(state.process_index * n, (state.process_index + 1) * n)
-pay = decomposition_reward(lambda ids: [texts[row[0]] for row in ids], "simple", distinct_bonus=0.5)
-json.dump(pay(prompts[mine], [[r] for r in rows[mine]]), open(f"{sys.argv[1]}_{state.process_index}.json", "w"))
-state.wait_for_everyone()
-state.destroy_process_group()       # a process that is left alone by another's end may abort
-""")
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for command, name in (([sys.executable], "one"), (torchrun, "two")):
-        done = subprocess.run([*command, "pay.py", name], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one_0", "two_0", "two_1"))
-    assert one == a + b == [1.5, 1.0, -0.1, 1.5, -0.1, 1.5, 1.0, 1.5, 1.5, 1.0, 1.0, -0.1]
+        assert answer_key(p.answer) == answer_key(canonical_inner(p.answer)) == answer_key(f"* P 2 ^ b P 2 & {p.answer}") and verify(p.expanded, again)
+    for p in generate_on_singlets(5, seed=3): assert answer_key(p.answer) == canonical_inner(p.answer)
+    for p in generate_multivariate(20, seed=3): assert answer_key(p.answer).count("&") + 1 == p.answer.count("&")
+    assert answer_key("+ a ^ a P 2") != answer_key("+ * P 2 a ^ a P 2")
 
 
 def test_the_reward_function_judges_once_and_tells_why():
@@ -143,7 +105,9 @@ def test_the_reward_function_judges_once_and_tells_why():
     pay = decomposition_reward(decode, "rank")
     assert pay([f] * 5, [[i] for i in range(5)], beam_rank=[4, 0, 1, 2, 3], **log) == pytest.approx(
         [math.exp(-4 / 32), -0.1, -0.1, math.exp(-2 / 32), -0.1])
-    assert seen == {"valid": 0.4, "reason": ["ok", "trivial", "not_prefix_notation", "ok", "not_a_decomposition"]} and len(calls) == 1
+    assert seen == {"valid": 0.4, "reason": ["ok", "trivial", "not_prefix_notation", "ok", "not_a_decomposition"],
+                    "answer_key": ["* P 1 ^ a P 2", "", "", "* P 1 ^ a P 2", ""]}
+    assert calls == [[[i] for i in range(5)], [[0], [3]]]      # all once, and right ones for their keys
     rows = [[0], [1], [3]]
     assert decomposition_reward(decode, "simple", allow_trivial=True)([f] * 3, rows) == [1, 1, 1]
     assert decomposition_reward(decode, "simple", domain="ZZ")(["+ P 1 ^ a P 4 ⁇"] * 3, rows) == pytest.approx([1, -0.1, -0.1])
@@ -169,28 +133,6 @@ def searched(tiny, problems): return search_problems(*tiny, problems, num_beams=
 
 
 def first(flags): return next((k for k, flag in enumerate(flags, 1) if flag), None)
-
-
-def test_the_bonus_within_a_step_of_the_trainer(tiny, tmp_path):
-    "Three groups of six in one call; each of their right answers is paid once"
-    from datasets import Dataset
-
-    from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
-    tokenizer, seen = tiny[1], []
-    pay = decomposition_reward(lambda ids: decode_completions(tokenizer, ids), "simple", distinct_bonus=0.5)
-    def reward(**given):
-        seen.append((given["prompts"], decode_completions(tokenizer, given["completion_ids"]), pay(**given)))
-        return seen[-1][-1]
-    config = BGRPOConfig(output_dir=str(tmp_path), num_generations=6, prompts_per_step=3, max_steps=1, max_completion_length=16, use_cpu=True, disable_tqdm=True,
-                         save_strategy="no", seed=1)
-    dataset = Dataset.from_dict({"prompt": [p.prompt for p in generate_problems(3, 2, 2, seed=41, canonical=True)]})
-    BGRPOTrainer("tiny", reward, config, dataset).train()
-    (prompts, texts, paid), = seen
-    for start in (0, 6, 12):
-        keys = [inner_key(t) if verify(prompts[start], t) else None for t in texts[start:start + 6]]
-        expected = [-0.1 if k is None else 1.0 + 0.5 * (k not in keys[:i]) for i, k in enumerate(keys)]
-        assert paid[start:start + 6] == pytest.approx(expected)
-    assert sum(x == 1.5 for x in paid) >= 2
 
 
 def test_a_search_reports_beams_best_first_with_their_verdicts(problems, searched):
@@ -269,7 +211,7 @@ def test_an_evaluation_is_what_each_problem_gives_alone(tiny, problems, report):
 
 
 place = st.one_of(st.none(), st.integers(1, 25))
-row = st.builds(Row, st.just("^ a P 4"), st.just(4), st.just(2), st.booleans(),
+row = st.builds(ProblemResult, st.just("^ a P 4"), st.just(4), st.just(2), st.booleans(),
                 st.one_of(st.none(), st.integers(1, 12)), place, st.integers(0, 3), st.just("ok"))
 
 
@@ -317,7 +259,7 @@ def test_intervals():
     assert bootstrap([0.5] * 9) == (0.5, 0.5)
 
 
-def rows(places): return [Row(f"^ a P {i}", 4, 2, k == 1, k, k, 0, "ok") for i, k in enumerate(places)]
+def rows(places): return [ProblemResult(f"^ a P {i}", 4, 2, k == 1, k, k, 0, "ok") for i, k in enumerate(places)]
 
 
 def test_compare_pairs_problem_by_problem():

@@ -10,13 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bgrpo_nb import sft
-from bgrpo_nb.data import Problem, generate_multivariate, generate_problems, highest_first, polynomial_key, write_problems
-from bgrpo_nb.generation import greedy
-from bgrpo_nb.model import decode_completions, encode, load_model, load_tokenizer, new_model, save_model
-from bgrpo_nb.polynomial import canonical_inner, verify
-from bgrpo_nb.runs import StopCleanly, checkpoints, read_metrics, where_to_resume
-from bgrpo_nb.sft import ProblemStream, SupervisedConfig, bucketed_order, collate, make_samples, train_policy
+from bgrpo_nb.recipes import sft
+from bgrpo_nb.algebra.problems import (
+    Problem, generate_multivariate, generate_problems, highest_first, polynomial_key, write_problems)
+from bgrpo_nb.search.generation import greedy
+from bgrpo_nb.policy.model import decode_completions, encode, load_model, load_tokenizer, new_model, save_model
+from bgrpo_nb.algebra.polynomial import canonical_inner, verify
+from bgrpo_nb.base.run_folder import checkpoints, read_metrics, newest_checkpoint
+from bgrpo_nb.recipes.callbacks import StopCleanly
+from bgrpo_nb.recipes.sft import ProblemStream, SupervisedConfig, bucketed_order, collate, make_samples, train_policy
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,7 +89,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(config, monkeypatch):
         at_step(m, 13, lambda: os.kill(os.getpid(), signal.SIGINT))
         result = train_policy(halted)
     assert result["stopped"] and result["step"] in (13, 14)
-    assert where_to_resume(halted.output_dir).name == f"checkpoint-{result['step']}"
+    assert newest_checkpoint(halted.output_dir).name == f"checkpoint-{result['step']}"
     assert not os.path.exists(f"{halted.output_dir}/result.json") and not os.path.exists(f"{halted.output_dir}/policy")
 
     class Killed(Exception): pass

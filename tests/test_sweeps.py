@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from bgrpo_nb.cli import main
-from bgrpo_nb.processes import MARK, shares, visible_gpus
-from bgrpo_nb.sweeps import SweepError, plan, read_sweep
-from bgrpo_nb.trials import LEASE, TrialState, claim, open_storage, open_study, return_lost, run_trial
+from bgrpo_nb.base.processes import MARK, shares, visible_gpus
+from bgrpo_nb.study.sweeps import SweepError, plan, read_sweep
+from bgrpo_nb.study.trials import LEASE, TrialState, claim, open_storage, open_study, return_lost, run_trial
 
 REPO = Path(__file__).parent.parent
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
@@ -172,7 +172,7 @@ def test_what_had_finished_when_its_worker_died_is_kept(place):
 
 
 def test_a_retry_of_training_goes_on_from_the_checkpoints_of_the_attempt_that_was_cut_off(place, monkeypatch):
-    from bgrpo_nb import trials
+    from bgrpo_nb.study import trials
     sweep = read_sweep("grid.yaml", run_cap=1)
     (place / "toy.py").write_text("import sys; print(sys.argv[1:])\n" + TOY)
     study = open_study(sweep, place / "out")
@@ -505,7 +505,7 @@ def test_wandb_failures_are_counted_and_a_running_sweep_is_joined(place):
 
 
 def test_wandb_gets_what_optuna_gets(place):
-    from bgrpo_nb.sweep_launcher import wandb_config
+    from bgrpo_nb.study.launcher import wandb_config
     made = wandb_config(read_sweep("grid.yaml"))
     assert made["parameters"]["seed"] == {"values": [0, 1]} and made["parameters"]["x"] == {"values": [0, 1, 2, 3, 4, 5]} and made["parameters"]["pause"] == {"value": 0.012}
     lr = dict(distribution="log_uniform_values", min=1e-5, max=2e-4)

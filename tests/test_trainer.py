@@ -18,15 +18,17 @@ import transformers
 from datasets import Dataset
 from transformers import MistralConfig, MistralForCausalLM
 
-from bgrpo_nb.analysis import read_runs
+from bgrpo_nb.study.analysis import read_runs
 from bgrpo_nb.cli import main
-from bgrpo_nb.data import generate_problems, write_problems
-from bgrpo_nb.evaluation import METRICS
-from bgrpo_nb.model import decode_completions, load_model, load_tokenizer, new_model, save_model
-from bgrpo_nb.processes import hand_back_memory
-from bgrpo_nb.rewards import advantages_of, decomposition_reward
-from bgrpo_nb.runs import read_metrics
-from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer, TrainConfig, _Validator, choose_problems, train_bgrpo
+from bgrpo_nb.algebra.problems import generate_problems, write_problems
+from bgrpo_nb.solve.evaluation import METRICS
+from bgrpo_nb.policy.model import decode_completions, load_model, load_tokenizer, new_model, save_model
+from bgrpo_nb.base.processes import hand_back_memory
+from bgrpo_nb.learn.rewards import VerifiedReward, advantages_of
+from bgrpo_nb.solve.decomposition_reward import decomposition_reward
+from bgrpo_nb.base.run_folder import read_metrics
+from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
+from bgrpo_nb.recipes.train import TrainConfig, _Validator, choose_problems, train_bgrpo
 
 TESTS = Path(__file__).parent
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -148,7 +150,7 @@ def test_a_reference_policy_is_forwarded_over_the_trie_too(saved, tmp_path):
 @pytest.mark.parametrize("every, times", [(None, 0), (2, 1), (1, 2)])
 def test_freed_memory_goes_back_before_each_forward_where_it_is_asked_for(tmp_path, monkeypatch, every, times):
     handed_back = []
-    monkeypatch.setattr("bgrpo_nb.trainer.hand_back_memory", lambda: handed_back.append(1))
+    monkeypatch.setattr("bgrpo_nb.learn.trainer.hand_back_memory", lambda: handed_back.append(1))
     model = new_model("tiny", **SMALL)
     BGRPOTrainer(model, by_length([]), settings(tmp_path, torch_empty_cache_steps=every), prompts(), processing_class=load_tokenizer("single")).train()
     assert len(handed_back) == times                           # two steps of one forward each
@@ -188,7 +190,7 @@ def test_a_family_without_a_tree_trains_in_full_rows_with_one_warning(tmp_path):
 
 def test_a_completion_that_never_ended_earns_nothing():
     tokenizer = load_tokenizer("single")
-    pay = decomposition_reward(lambda ids: decode_completions(tokenizer, ids))
+    pay = decomposition_reward(tokenizer)
     right = tokenizer.convert_tokens_to_ids("^ a P 2".split())
     prompt = "+ P 1 + * P 2 ^ a P 2 ^ a P 4 ⁇"
     assert pay([prompt] * 2, [right + [tokenizer.eos_token_id], right], beam_rank=[0, 0]) == [1.0, -0.1]
@@ -311,14 +313,28 @@ def test_equal_answers_earn_the_bonus_once_and_equal_prompts_are_two_groups(save
     tokenizer = load_tokenizer("single")
     prompt = "+ P 1 + * P 2 ^ a P 2 ^ a P 4 ⁇"
     answers = ["^ a P 2", "* N 3 ^ a P 2", "a", "+ P 7 ^ a P 2"]
-    algebra = decomposition_reward(lambda ids: answers * (len(ids) // 4), "simple")
-    trainer = BGRPOTrainer(str(saved), algebra, settings(tmp_path, distinct_bonus=0.5, max_steps=1), Dataset.from_dict({"prompt": [prompt] * 4}))
+    algebra = decomposition_reward(tokenizer)
+    trainer = BGRPOTrainer(str(saved), algebra, settings(tmp_path, reward="simple", distinct_bonus=0.5, max_steps=1),
+                           Dataset.from_dict({"prompt": [prompt] * 4}))
     ids = [tokenizer.convert_tokens_to_ids(a.split()) + [tokenizer.eos_token_id] for a in answers] * 2
     trainer.model.train()
     rewards = trainer._calculate_rewards([{"beam_rank": k % 4} for k in range(8)], [prompt] * 8, answers * 2, ids)
     assert rewards[:, 0].tolist() == pytest.approx([1.5, 1.0, -0.1, 1.0] * 2)
     logged = {k: v[-1] for k, v in trainer._metrics["train"].items() if k.startswith("groups/")}
     assert logged == {"groups/none_valid": 0, "groups/all_valid": 0, "groups/distinct_valid": 1}
+
+
+def test_the_reward_setting_is_obeyed_or_refused(saved, tmp_path):
+    def rewards(pay, **more):
+        trainer = BGRPOTrainer(str(saved), pay, settings(tmp_path, **more), prompts())
+        return trainer.reward_funcs
+    verified = VerifiedReward(lambda prompts, ids: [True] * len(ids))
+    assert [f.reward for f in rewards(verified, reward="simple")] == ["simple"] and verified.reward is None
+    assert [f.reward for f in rewards([verified, VerifiedReward(verified.verify, reward="rank")])] == ["rank", "rank"]
+    with pytest.raises(ValueError, match="reaches no reward function"): rewards(by_length([]), reward="simple")
+    with pytest.raises(ValueError, match="reaches no reward function"):
+        rewards(VerifiedReward(verified.verify, reward="rank"), reward="simple")
+    with pytest.raises(ValueError, match="reward_funcs is missing"): rewards(None)
 
 
 def test_shares_of_groups_without_verdicts_go_by_rewards(saved, tmp_path):
@@ -363,7 +379,7 @@ def test_the_figure_is_replaced_in_a_notebook(tmp_path):
     "In a real kernel: two validations, one image, that of the second"
     import nbformat
     from nbclient import NotebookClient
-    code = ("import sys\nfrom types import SimpleNamespace as N\nfrom bgrpo_nb.runs import PlotHistory\n"
+    code = ("import sys\nfrom types import SimpleNamespace as N\nfrom bgrpo_nb.base.run_folder import PlotHistory\n"
             "def draw(rows, path):\n    import matplotlib.pyplot as plt\n    path.parent.mkdir(exist_ok=True); fig = plt.figure(figsize=(1 + len(rows), 1)); fig.savefig(path); plt.close(fig)\n"
             "p = PlotHistory('.', draw)\n"
             "for k in (1, 2):\n    open('metrics.jsonl', 'a').write('{}\\n')\n    p.on_evaluate(N(disable_tqdm=False), N(is_world_process_zero=True), None)\n")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
-from bgrpo_nb import trl_batching
-from bgrpo_nb.trl_batching import build_trie, group_order, share_groups, trie_logps
+from bgrpo_nb.learn import trl_batching
+from bgrpo_nb.learn.trl_batching import build_trie, group_order, share_groups, trie_logps
 
 common = dict(vocab_size=13, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.5)
 llama_like = common | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64)
@@ -75,7 +75,7 @@ def test_a_trie_spells_its_rows_and_holds_each_beginning_once(rows):
 MEMORY = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from bgrpo_nb.trl_batching import trie_logps, _elements, _merge
+from bgrpo_nb.learn.trl_batching import trie_logps, _elements, _merge
 K, P, C, B = 64, 1000, 40, 4
 torch.set_num_threads(1)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=31, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, max_position_embeddings=2048)).eval()
@@ -144,4 +144,4 @@ def test_trl_still_has_what_the_trainer_stands_on():
         found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:]
         assert found[:len(parameters)] == parameters, f"TRL's {name} now takes {found}"
     assert "rollout_func" in inspect.signature(GRPOTrainer.__init__).parameters and callable(split_tensor_dict)
-    assert trl_batching.roll_out.__module__ == "bgrpo_nb.trl_batching"
+    assert trl_batching.roll_out.__module__ == "bgrpo_nb.learn.trl_batching"

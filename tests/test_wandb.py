@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import wandb
 
-from bgrpo_nb import runs
-from bgrpo_nb.data import generate_problems, write_problems
-from bgrpo_nb.model import load_tokenizer, new_model, save_model
+from bgrpo_nb.recipes import wandb_logging
+from bgrpo_nb.algebra.problems import generate_problems, write_problems
+from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
 
 BIN = Path(sys.executable).parent
 FLAGS = dict(problems="p.txt", prompts_per_step=3, num_generations=4, max_steps=2, held_out=6, eval_steps=1, save_steps=2, num_beams=4, wide_beams=4, num_samples=2,
@@ -88,8 +88,8 @@ def test_online_where_somebody_is_logged_in_and_offline_where_the_server_is_away
     monkeypatch.setattr(wandb, "login", lambda **how: True)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     away = False
-    runs.start_wandb(tmp_path)
+    wandb_logging.start_wandb(tmp_path)
     assert asked == [("online", "allow")] and (tmp_path / "wandb_run.txt").read_text() == "abc\n"
     away = True
-    with pytest.warns(UserWarning, match="logged offline"): runs.start_wandb(tmp_path)
+    with pytest.warns(UserWarning, match="logged offline"): wandb_logging.start_wandb(tmp_path)
     assert asked[1:] == [("online", "allow"), ("offline", None)]

@@ -175,7 +175,7 @@ def test_sweep_explorer(run_explorers):
 
 def test_jupyterlab_once(browser, tmp_path):
     "The same widget in a notebook that a person runs in JupyterLab"
-    source = "from bgrpo_nb.widgets import equivalence_explorer\nequivalence_explorer()"
+    source = "from bgrpo_nb.show.widgets import equivalence_explorer\nequivalence_explorer()"
     cell = dict(cell_type="code", execution_count=None, id="a1b2c3d4", metadata={}, outputs=[], source=source)
     (tmp_path / "try.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=dict(kernelspec=dict(display_name="Python 3", language="python", name="python3")),
                                                         nbformat=4, nbformat_minor=5)))
@@ -204,18 +204,19 @@ def test_the_group_explorers_step_is_the_trainers(tmp_path):
     import torch
     from datasets import Dataset
 
-    from bgrpo_nb.beam_filter import answer_tokens
-    from bgrpo_nb.data import Problem, generate_problems
-    from bgrpo_nb.model import load_model, load_tokenizer
-    from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
-    from bgrpo_nb.widgets import _search_group, step_on
+    from bgrpo_nb.solve.beam_filter import answer_tokens
+    from bgrpo_nb.algebra.problems import Problem, generate_problems
+    from bgrpo_nb.policy.model import load_model, load_tokenizer
+    from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
+    from bgrpo_nb.show.widgets import _search_group, step_on
+    from bgrpo_nb.solve.decomposition_reward import decomposition_reward
 
     problem = Problem(generate_problems(40, 3, 2, seed=32, canonical=True)[11].expanded, "")
     tokenizer, model = load_tokenizer("tiny"), load_model("tiny", device="cpu")
     ours = step_on(model, _search_group(model, tokenizer, problem, 6, "rank"), 2e-5)
     config = BGRPOConfig(output_dir=str(tmp_path), num_generations=6, prompts_per_step=1, max_steps=1, learning_rate=2e-5, warmup_steps=0, use_cpu=True, disable_tqdm=True,
                          max_completion_length=min(64, max(16, answer_tokens([problem]))), save_strategy="no")
-    trainer = BGRPOTrainer(model, None, config, Dataset.from_dict({"prompt": [problem.prompt]}), processing_class=tokenizer)
+    trainer = BGRPOTrainer(model, decomposition_reward(tokenizer), config, Dataset.from_dict({"prompt": [problem.prompt]}), processing_class=tokenizer)
     trainer.train()
     before, moved = load_model("tiny", device="cpu").state_dict(), 0.0
     for name, theirs in trainer.model.state_dict().items():

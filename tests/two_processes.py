@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from bgrpo_nb.data import generate_problems
-from bgrpo_nb.model import decode_completions, load_model, load_tokenizer
-from bgrpo_nb.rewards import decomposition_reward
-from bgrpo_nb.trainer import BGRPOConfig, BGRPOTrainer
+from bgrpo_nb.algebra.problems import generate_problems
+from bgrpo_nb.policy.model import decode_completions, load_model, load_tokenizer
+from bgrpo_nb.solve.decomposition_reward import decomposition_reward
+from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
 
 folder, policy, rows, more = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 torch.set_num_threads(1)
 tokenizer, seen = load_tokenizer(policy), []
-algebra = decomposition_reward(lambda ids: decode_completions(tokenizer, ids))
+algebra = decomposition_reward(tokenizer)
 
 
 def reward(prompts, completion_ids, beam_rank, beam_score, **kwargs):

@@ -11,7 +11,7 @@ import re
 import torch
 from transformers import AutoModelForCausalLM
 
-from bgrpo_nb.model import load_model, load_tokenizer, save_model
+from bgrpo_nb.policy.model import load_model, load_tokenizer, save_model
 
 WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 

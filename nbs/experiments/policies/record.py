@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from bgrpo_nb.beam_filter import search_problems
-from bgrpo_nb.data import Problem, generate_multivariate, generate_problems, read_problems, write_problems
-from bgrpo_nb.evaluation import METRICS, evaluate
-from bgrpo_nb.model import load_model, load_tokenizer
-from bgrpo_nb.notation import from_text
-from bgrpo_nb.polynomial import verify
-from bgrpo_nb.processes import write_json
-from bgrpo_nb.runs import accounts
-from bgrpo_nb.testsets import evaluate_files, published_figures
+from bgrpo_nb.solve.beam_filter import search_problems
+from bgrpo_nb.algebra.problems import Problem, generate_multivariate, generate_problems, read_problems, write_problems
+from bgrpo_nb.solve.evaluation import METRICS, evaluate
+from bgrpo_nb.policy.model import load_model, load_tokenizer
+from bgrpo_nb.algebra.notation import from_text
+from bgrpo_nb.algebra.polynomial import verify
+from bgrpo_nb.base.files import write_json
+from bgrpo_nb.base.run_folder import provenance
+from bgrpo_nb.solve.test_sets import evaluate_files, published_figures
 
 HERE, OUT = Path(__file__).parent, Path("runs/policies")
 SHARED = Path(os.environ.get("BGRPO_SHARED", "../shared")) / "data/published"
@@ -56,4 +56,4 @@ def several_variables():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    write_json(HERE / "record.json", {"seed": SEED, **nine_degrees(), "several_variables": several_variables(), **accounts(SEED)})
+    write_json(HERE / "record.json", {"seed": SEED, **nine_degrees(), "several_variables": several_variables(), **provenance(SEED)})

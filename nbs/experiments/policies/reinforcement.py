@@ -15,12 +15,12 @@ import torch
 import yaml
 from record import DEGREES, OUT
 
-from bgrpo_nb.beam_filter import search_problems
-from bgrpo_nb.data import read_problems
-from bgrpo_nb.evaluation import bootstrap
-from bgrpo_nb.model import load_model, load_tokenizer
-from bgrpo_nb.processes import write_json
-from bgrpo_nb.runs import accounts
+from bgrpo_nb.solve.beam_filter import search_problems
+from bgrpo_nb.algebra.problems import read_problems
+from bgrpo_nb.solve.evaluation import bootstrap
+from bgrpo_nb.policy.model import load_model, load_tokenizer
+from bgrpo_nb.base.files import write_json
+from bgrpo_nb.base.run_folder import provenance
 
 FILE = Path(__file__).parent / "reinforcement.json"
 HARD, FRESH = "1,935 of 2∘4 to 4∘4 with the right beam in places 2 to 25, and 2,000 of nine degrees, three times", "9,600 new ones of nine degrees, once"
@@ -56,7 +56,7 @@ if __name__ == "__main__":
         if not ((folder := Path(name)) / "policy").is_dir(): continue
         config = yaml.safe_load((folder / "config.yaml").read_text())
         run = {"run": name, "start": start, "problems": problems} | {k: config[k] for k in SETTINGS} | {"prompts_per_step": config["per_device_train_batch_size"] // config["num_generations"],
-               "evaluations": validation(folder), "greedily": greedily(config["model"], str(folder / "policy")), **accounts(config["seed"])}
+               "evaluations": validation(folder), "greedily": greedily(config["model"], str(folder / "policy")), **provenance(config["seed"])}
         recorded["runs"] = [r for r in recorded["runs"] if r.get("run") != name] + [run]
         print(name, run["greedily"], flush=True)
     write_json(FILE, recorded)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from bgrpo_nb.analysis import read_runs
-from bgrpo_nb.beam_filter import search_problems
-from bgrpo_nb.data import read_problems
-from bgrpo_nb.model import load_model, load_tokenizer
-from bgrpo_nb.processes import write_json
-from bgrpo_nb.runs import accounts, read_metrics
+from bgrpo_nb.study.analysis import read_runs
+from bgrpo_nb.solve.beam_filter import search_problems
+from bgrpo_nb.algebra.problems import read_problems
+from bgrpo_nb.policy.model import load_model, load_tokenizer
+from bgrpo_nb.base.files import write_json
+from bgrpo_nb.base.run_folder import provenance, read_metrics
 
 HERE, STUDY = Path(__file__).parent, Path("runs/study")
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
@@ -56,7 +56,7 @@ def main():
     runs.to_csv(HERE / "tidy.csv")
     (HERE / "widths.json").write_text(json.dumps({"widths": WIDTHS, "ways": widths}) + "\n")
     write_json(HERE / "record.json", {"command": "make study", "problems": start["problems"], "held_out": start["held_out"], "data": start["data"],
-                                      "start": {k: v for k, v in start["first"].items() if k.startswith("eval_")}, **accounts(None)})
+                                      "start": {k: v for k, v in start["first"].items() if k.startswith("eval_")}, **provenance(None)})
 
 
 if __name__ == "__main__": main()

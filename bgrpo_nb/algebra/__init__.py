@@ -1,0 +1,1 @@
+"""The task: polynomials in prefix notation, verified by exact algebra; no torch."""

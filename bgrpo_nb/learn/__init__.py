@@ -1,0 +1,1 @@
+"""Groups, advantages, the trie and the trainer, for any task."""

@@ -1,0 +1,1 @@
+"""Vocabularies, sizes and checkpoints of a policy."""

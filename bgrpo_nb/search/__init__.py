@@ -1,0 +1,1 @@
+"""Token ids in, ranked completions out, for any causal model."""

@@ -1,0 +1,1 @@
+"""Explorers: what a search finds and what a training step teaches, to see and to move."""

@@ -1,0 +1,1 @@
+"""Policies meet polynomials: search, verify, filter, evaluate, decompose."""
