@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import agrees, compose, draw, value
 
+from bgrpo_nb.algebra.exact_decomposition import decompose_exact
 from bgrpo_nb.algebra.notation import to_sympy, verify_with_sympy
 from bgrpo_nb.algebra.polynomial import (
-    MAX_CHARS, MAX_DEGREE, REASONS, PrefixError, TooLargeError, canonical_inner, coefficients, decompose_exact,
+    MAX_CHARS, MAX_DEGREE, REASONS, PrefixError, TooLargeError, canonical_inner, coefficients,
     degree, format_prefix, is_formed, parse, read_terms, same_inner, to_prefix, verify, verify_batch)
 
 steady = settings(derandomize=True, deadline=None, database=None)
