@@ -2,7 +2,6 @@
 
 Modules:
 
-- `bgrpo_nb.cli`: `bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | analyze | convert`
 - `bgrpo_nb.learn.exact_resume`: A `GRPOTrainer` that was killed goes on as it would have gone on: the same prompts, the same completions, the same loss.
 - `bgrpo_nb.learn.rewards`: What a right answer is worth in place k of a beam search, and how a group of rewards becomes a group of advantages.
 - `bgrpo_nb.learn.trainer`: TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
