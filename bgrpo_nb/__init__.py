@@ -2,9 +2,6 @@
 
 Modules:
 
-- `bgrpo_nb.algebra.notation`: What people type, what SymPy computes with, what papers and pages print: each from prefix notation, and back.
-- `bgrpo_nb.algebra.polynomial`: Prefix notation, and the algebra that says whether an answer decomposes a polynomial.
-- `bgrpo_nb.algebra.problems`: Make, read, write, filter, mix and split decomposition problems.
 - `bgrpo_nb.learn.exact_resume`: A `GRPOTrainer` that was killed goes on as it would have gone on: the same prompts, the same completions, the same loss.
 - `bgrpo_nb.learn.rewards`: What a right answer is worth in place k of a beam search, and how a group of rewards becomes a group of advantages.
 - `bgrpo_nb.learn.trainer`: TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
@@ -25,7 +22,8 @@ Modules:
 __version__ = "0.1.0"
 
 _PUBLIC = { # module -> names that can be imported from here; a module is loaded when one of its names is asked for
-    "algebra.polynomial": "PrefixError Verdict canonical_inner decompose_exact same_inner verify verify_batch",
+    "algebra.polynomial": "PrefixError Verdict canonical_inner same_inner verify verify_batch",
+    "algebra.exact_decomposition": "decompose_exact",
     "algebra.problems": "Problem filter_by_degree generate_multivariate generate_on_singlets generate_problems mix "
                         "read_problems write_problems",
     "search.generation": "Beams beam_search greedy sample",

@@ -21,7 +21,8 @@ from bgrpo_nb.solve.evaluation import (
 from bgrpo_nb.search.generation import sample
 from bgrpo_nb.policy.model import decode_completions, encode, load_model, load_tokenizer, tokenize
 from bgrpo_nb.algebra.notation import to_sympy
-from bgrpo_nb.algebra.polynomial import Verdict, canonical_inner, decompose_exact, degree, verify
+from bgrpo_nb.algebra.exact_decomposition import decompose_exact
+from bgrpo_nb.algebra.polynomial import Verdict, canonical_inner, degree, verify
 from bgrpo_nb.learn.rewards import REWARDS, advantages_of, balance_rewards, first_of_each, leave_one_out, rewards_of
 from bgrpo_nb.solve.decomposition_reward import decomposition_reward, answer_key
 

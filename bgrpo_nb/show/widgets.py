@@ -49,7 +49,8 @@ from ..base.plotting import use_style
 from ..search.generation import beam_search
 from ..policy.model import decode_completions, encode, load_model, load_tokenizer
 from ..algebra.notation import from_text, to_html, to_latex, to_sympy
-from ..algebra.polynomial import PrefixError, Verdict, decompose_exact, degree, find_variables, verify
+from ..algebra.exact_decomposition import decompose_exact
+from ..algebra.polynomial import PrefixError, Verdict, degree, find_variables, verify
 from ..learn.rewards import REWARDS, advantages_of, rewards_of
 from ..learn.trl_batching import trie_logps
 

@@ -7,7 +7,8 @@ from bgrpo_nb.solve.beam_filter import search_problems
 from bgrpo_nb.algebra.problems import Problem
 from bgrpo_nb.policy.model import VOCABULARIES, load_model, load_tokenizer, words_of
 from bgrpo_nb.algebra.notation import from_sympy, from_text, to_sympy
-from bgrpo_nb.algebra.polynomial import PrefixError, TooLargeError, canonical_inner, decompose_exact, find_variables
+from bgrpo_nb.algebra.exact_decomposition import decompose_exact
+from bgrpo_nb.algebra.polynomial import PrefixError, TooLargeError, canonical_inner, find_variables
 
 
 class Decomposition(NamedTuple):

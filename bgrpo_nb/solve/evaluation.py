@@ -74,7 +74,8 @@ from ..base.plotting import use_style
 from .evaluation_figures import plot_history
 from ..search.generation import beam_search, sample
 from .result_store import ResultStore, StoredPass
-from ..algebra.polynomial import decompose_exact, degree, find_variables, verify
+from ..algebra.exact_decomposition import decompose_exact
+from ..algebra.polynomial import degree, find_variables, verify
 from ..base.files import write_json
 
 # %% ../../nbs/07_evaluation.ipynb #b66a8f7f
