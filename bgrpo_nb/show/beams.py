@@ -70,8 +70,8 @@ class Trace(NamedTuple):
         if self.temperature is None:
             return f"width {self.num_generations}: {len(self.paths)} beams, {self._where()}; {mass}"
         right = sum(count for count, verdict in zip(self.counts, self.verdicts) if verdict)
-        return (f"{self.num_generations} samples at temperature {self.temperature:g}: "
-                f"{len(self.paths)} different completions, {right or 'no'} right samples; {mass}")
+        return (f"{self.num_generations} samples at temperature {self.temperature:g}: {len(self.paths)} different, "
+                f"{right or 'none'} right; {mass}")
 
     def _where(self) -> str:
         place = self.first_valid
@@ -370,7 +370,7 @@ def beam_explorer(f: str = "x**4 + 2*x**2 + 1", num_beams: int = 8, policy: str 
                                      continuous_update=False)
     folder = text_box(run, "run", "22em", placeholder="folder of a run: its checkpoints")
     explorer = Explorer(
-        show_beams, extra=[folder], f=text_box(f, "f", "46em"),
+        show_beams, extra=[folder], f=text_box(f, "f", "60em"),
         num_beams=widgets.IntSlider(num_beams, 1, 25, description="width", continuous_update=False),
         policy=slider,
         seed=widgets.IntSlider(0, 0, 20, description="seed", continuous_update=False),

@@ -149,7 +149,7 @@ def group_explorer(f: str = "x**4 + 2*x**2 + 1", num_generations: int = 6, polic
     size = widgets.IntSlider(num_generations, 2, 16, description="group", continuous_update=False)
     rate = widgets.FloatLogSlider(2e-5, min=-6, max=-3, step=0.25, description="learning rate", readout_format=".1e",
                                   continuous_update=False, style={"description_width": "7em"})
-    return Explorer(show_group, f=text_box(f, "f", "46em"), num_generations=size, learning_rate=rate,
+    return Explorer(show_group, f=text_box(f, "f", "60em"), num_generations=size, learning_rate=rate,
                     reward=widgets.Dropdown(options=list(REWARDS), description="reward"),
                     policy=text_box(policy, "policy", "16em"),
                     after=text_box("", "after", "22em", placeholder="empty: one step; or a second policy"))

@@ -62,19 +62,20 @@ def _last_line(log: Path) -> str: # of a log; the command's own message, if ther
     return messages[-1][:300]
 
 # %% ../../nbs/12a_run_explorers.ipynb #19699ae2
-TRAINING = {"reward": "mean reward", "valid": "valid completions (share)"}
+TRAINING = {"reward": "mean reward", "valid": "share of valid completions"}
 VALIDATION = {"eval_beam_rank_score": "beam rank score", "eval_beam_accuracy": "beam accuracy",
               "eval_greedy_accuracy": "greedy accuracy"}
 
 def plot_run(rows: Sequence[dict], title: str = "a run"): # a figure
     "Reward and valid completions at each step, and the validations"
     with use_style() as plt:
-        fig, (training, validation) = plt.subplots(1, 2, figsize=(8, 2.8))
+        fig, (training, validation) = plt.subplots(1, 2, figsize=(8, 3.2))
         _plot_lines(training, rows, TRAINING)
-        training.set(title="training groups", xlabel="step", ylabel="mean over completions")
+        training.set(title="training groups: mean over completions", xlabel="step")
         _plot_lines(validation, rows, VALIDATION)
-        validation.set(title="validation", xlabel="step", ylabel="mean over problems")
+        validation.set(title="validation: mean over problems", xlabel="step")
         fig.suptitle(title, fontsize=10)
+        fig.get_layout_engine().set(w_pad=0.12) # inches: room for the labels of the ticks
     return fig
 
 def _plot_lines(ax, rows, names):
@@ -82,7 +83,8 @@ def _plot_lines(ax, rows, names):
     for key, label in names.items():
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points: ax.plot(*zip(*points), marker="o", markersize=3, label=label)
-    if ax.lines: ax.legend(fontsize=8)
+    below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, handlelength=1.2, columnspacing=1)
+    if ax.lines: ax.legend(fontsize=8, **below)
 
 # %% ../../nbs/12a_run_explorers.ipynb #62c71fb9
 def read_recording(path) -> dict: # command, date, rows, and more
