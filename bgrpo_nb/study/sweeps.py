@@ -266,7 +266,7 @@ def _take_seeds(parameters, seeds) -> tuple[int, ...]: # removed from the parame
     found = parameters.pop("seed", None)
     if seeds is None and found is not None:
         if isinstance(found, (IntDistribution, FloatDistribution)):
-            raise SweepError("seed: seeds would be drawn from a range; name them, as in seed: {values: [0, 1, 2]}")
+            raise SweepError("seed: a range would be drawn from; name the seeds, as in seed: {values: [0, 1, 2]}")
         seeds = found.choices if isinstance(found, CategoricalDistribution) else (found,)
     for s in seeds or ():
         if not _is_count(s, 0): raise SweepError(f"seed {s!r} is no seed; use whole numbers from 0")
