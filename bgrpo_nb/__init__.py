@@ -21,7 +21,8 @@ Modules:
 - `bgrpo_nb.solve.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to find.
 - `bgrpo_nb.solve.evaluation`: What a policy can do greedily, with beams and with samples; every figure with its interval, every difference with its own.
 - `bgrpo_nb.solve.result_store`: What an evaluation has found, kept as it comes: one line a problem, one file for each policy, problems and settings.
-- `bgrpo_nb.study.analysis`: From finished runs to one table, and from the table to what may be said: which setting is better, by how much, and whether chance would do the same.
+- `bgrpo_nb.study.analysis_figures`: The figures of a table of runs.
+- `bgrpo_nb.study.analysis_report`: One HTML file of a table of runs, and beside it the numbers of every table and figure.
 - `bgrpo_nb.study.launcher`: Starts, watches and ends the processes of a sweep: Optuna workers, or W&B agents and the trials they ask for.
 - `bgrpo_nb.study.sweeps`: One sweep file in W&B's schema, read strictly: what it means, what is wrong with it, and the plan that it makes.
 - `bgrpo_nb.study.trials`: A plan is carried out: each point claimed by one worker, run as a process, judged, and run again where its worker died. Nothing planned is lost."""
