@@ -15,7 +15,8 @@ Modules:
 - `bgrpo_nb.solve.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to find.
 - `bgrpo_nb.solve.evaluation`: What a policy can do greedily, with beams and with samples; every figure with its interval, every difference with its own.
 - `bgrpo_nb.solve.result_store`: What an evaluation has found, kept as it comes: one line a problem, one file for each policy, problems and settings.
-- `bgrpo_nb.study.analysis`: From finished runs to one table, and from the table to what may be said: which setting is better, by how much, and whether chance would do the same."""
+- `bgrpo_nb.study.analysis_figures`: The figures of a table of runs.
+- `bgrpo_nb.study.analysis_report`: One HTML file of a table of runs, and beside it the numbers of every table and figure."""
 
 __version__ = "0.1.0"
 
