@@ -587,6 +587,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'bgrpo_nb.solve.beam_filter.in_batches': ( 'beam_filter.html#in_batches',
                                                                                        'bgrpo_nb/solve/beam_filter.py'),
                                             'bgrpo_nb.solve.beam_filter.judge': ('beam_filter.html#judge', 'bgrpo_nb/solve/beam_filter.py'),
+                                            'bgrpo_nb.solve.beam_filter.prompts_per_batch': ( 'beam_filter.html#prompts_per_batch',
+                                                                                              'bgrpo_nb/solve/beam_filter.py'),
                                             'bgrpo_nb.solve.beam_filter.search_problems': ( 'beam_filter.html#search_problems',
                                                                                             'bgrpo_nb/solve/beam_filter.py')},
             'bgrpo_nb.solve.decomposition_reward': { 'bgrpo_nb.solve.decomposition_reward.answer_key': ( 'decomposition_reward.html#answer_key',
