@@ -128,7 +128,7 @@ def filter_by_beams(model, tokenizer, problems: Sequence[Problem],
     highest = num_beams if highest is None else highest
     if not 1 <= lowest <= highest <= num_beams:
         raise ValueError(f"lowest={lowest} and highest={highest} are not places of this search; "
-                         f"choose 1 <= lowest <= highest <= num_beams={num_beams}")
+                         f"choose places from 1 to num_beams={num_beams}, the lowest first")
     searched = search_problems(model, tokenizer, problems, num_beams, **search)
     kept = [s.problem for s in searched if s.first_valid and lowest <= s.first_valid <= highest]
     return FilterResult(kept, searched, lowest, highest)

@@ -122,16 +122,17 @@ def plot_places(panels, # title -> {label: (beams searched, {"1": problems, ...,
 def _draw_places(ax, title, bars):
     widest = max(beams for beams, _ in bars.values())
     names = [*map(str, range(1, widest + 1)), "none"]
+    positions = [*range(1, widest + 1), widest + 2] # "none" apart from the places
     width = 0.8 / len(bars)
     for number, (label, (_, counts)) in enumerate(bars.items()):
         n = sum(counts.values())
         shift = (number - (len(bars) - 1) / 2) * width
         shares = [counts.get(name, 0) / n for name in names]
-        ax.bar([x + shift for x in range(len(names))], shares, width, label=f"{label}, n={n}")
+        ax.bar([x + shift for x in positions], shares, width, label=f"{label}, n={n}")
     step = max(1, len(names) // 12)
-    shown = [*range(0, len(names) - 1, step), len(names) - 1]
+    shown = [*range(0, widest, step), widest]
     ax.set(title=title, xlabel="place of the first valid beam", ylabel="share of problems")
-    ax.set_xticks(shown, [names[i] for i in shown])
+    ax.set_xticks([positions[i] for i in shown], [names[i] for i in shown])
     ax.legend(fontsize=7)
 
 
