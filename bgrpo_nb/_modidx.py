@@ -705,6 +705,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'bgrpo_nb/solve/evaluation.py'),
                                            'bgrpo_nb.solve.evaluation._progress_bar': ( 'evaluation.html#_progress_bar',
                                                                                         'bgrpo_nb/solve/evaluation.py'),
+                                           'bgrpo_nb.solve.evaluation._require_positive': ( 'evaluation.html#_require_positive',
+                                                                                            'bgrpo_nb/solve/evaluation.py'),
                                            'bgrpo_nb.solve.evaluation._result_of': ( 'evaluation.html#_result_of',
                                                                                      'bgrpo_nb/solve/evaluation.py'),
                                            'bgrpo_nb.solve.evaluation._widest_search': ( 'evaluation.html#_widest_search',

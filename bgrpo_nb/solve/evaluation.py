@@ -52,7 +52,7 @@ class ProblemResult:
     valid_samples: int         # of num_samples
     reason: str                # the verdict on the greedy completion
     curve_place: int | None = None # the same among curve_beams; 0: no valid beam, None: no such search
-    beam_reasons: str = ""     # verdicts on the num_beams beams, best first, apart by spaces
+    beam_reasons: str = ""     # verdicts on the num_beams beams, best first, separated by spaces
 
     def value(self, metric: str) -> float: # 0 to 1
         "What this problem adds to the mean"
@@ -181,7 +181,7 @@ class _Passes:
     store: ResultStore | None
     bar: tqdm                 # counts completions
 
-    def search(self, k: int, n: int) -> list[str]: # reasons of the verdicts, apart by spaces
+    def search(self, k: int, n: int) -> list[str]: # reasons of the verdicts, separated by spaces
         "A beam search of width k for each of the first n problems"
         def find(batch_number, prompts):
             return beam_search(self.model, prompts.input_ids, prompts.attention_mask, num_beams=k, **self._limits())
@@ -249,8 +249,7 @@ def evaluate(model, tokenizer, problems: Sequence[Problem],
     if not problems: raise ValueError("there are no problems to evaluate on; give one or more")
     widths = dict(num_beams=num_beams, wide_beams=wide_beams)
     if curve_beams: widths["curve_beams"] = curve_beams
-    for name, k in (widths | dict(num_samples=num_samples)).items():
-        if k < 1: raise ValueError(f"{name}={k} finds nothing; use 1 or more")
+    _require_positive(**widths, num_samples=num_samples)
     rule = dict(domain=domain, allow_trivial=allow_trivial)
     n = len(problems)
     searches = {k: n for k in (1, num_beams, wide_beams)} # width -> how many problems are searched so
@@ -261,20 +260,22 @@ def evaluate(model, tokenizer, problems: Sequence[Problem],
         passes = _Passes(model, tokenizer, problems, limit, batch_size, rule, store, bar)
         found = {k: passes.search(k, searches[k]) for k in sorted(searches)}
         samples = passes.sample(num_samples, temperature, seed)
-    curve = found[curve_beams] if curve_beams else []
-    rows = []
-    for index, problem in enumerate(problems):
-        row = _result_of(problem, found[1][index], found[num_beams][index], found[wide_beams][index], samples[index])
-        if index < len(curve): row.curve_place = _first_valid(curve[index]) or 0
-        rows.append(row)
+    facts = zip(problems, found[1], found[num_beams], found[wide_beams], samples)
+    rows = [_result_of(*of_problem) for of_problem in facts]
+    if curve_beams: # this search has the first problems only
+        for row, reasons in zip(rows, found[curve_beams]): row.curve_place = _first_valid(reasons) or 0
     return Report(rows, widths | dict(num_samples=num_samples, temperature=temperature, seed=seed, **rule))
+
+def _require_positive(**counts):
+    for name, k in counts.items():
+        if k < 1: raise ValueError(f"{name}={k} finds nothing; use 1 or more")
 
 def _progress_bar(completions: int, progress: bool | str):
     title = progress if isinstance(progress, str) else "evaluate"
     return tqdm(total=completions, desc=title, unit=" completions", unit_scale=True, leave=False, disable=not progress)
 
 def _result_of(problem: Problem, greedy: str, beams: str, wide: str, samples: str) -> ProblemResult:
-    "From the reasons of the verdicts, apart by spaces, to a result"
+    "From the reasons of the verdicts, separated by spaces, to a result"
     return ProblemResult(problem.expanded, degree(problem.expanded), _inner_degree(problem), greedy=greedy == "ok",
                          beam_place=_first_valid(beams), wide_place=_first_valid(wide),
                          valid_samples=samples.split().count("ok"), reason=greedy, beam_reasons=beams)

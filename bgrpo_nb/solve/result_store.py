@@ -1,8 +1,8 @@
 """The result store: files in which an evaluation stores results as they come; a killed process loses one batch at most.
 
 One file holds one pass (a search of one width, or the samples) of one policy over one list of problems, one result a
-line. When a file is opened again, an incomplete last line is cut off and the complete ones are read. The store knows
-neither searches nor verdicts."""
+line. When a file is opened again, an incomplete last line is cut off and the complete ones are read. The store depends
+on neither searches nor verdicts."""
 import fcntl
 import hashlib
 import json

@@ -9,6 +9,7 @@ __all__ = ['GREEDY', 'TEN_BEAMS', 'RELEASED', 'AFTER_BGRPO', 'SOLVED_OF_300', 'P
 # %% ../../nbs/07a_test_sets.ipynb #d7a00004
 import hashlib
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -188,13 +189,13 @@ def evaluate_files(models: Sequence[str],   # bundled policies' names or folders
                 for name, path in short_names(models).items()}
     _require_vocabulary(policies, files)
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
-    results, pairs = Results({}, provenance(settings.get("seed", 0))), len(policies) * len(files)
+    results = Results({}, provenance(settings.get("seed", 0)))
+    number, pairs = count(1), len(policies) * len(files)
     for name, (model, tokenizer) in policies.items():
         described = dict(name=name, fingerprint=policy_fingerprint(model, tokenizer))
         model.to(device)
         for file, (path, found) in files.items():
-            number = sum(not report.about.get("apart") for report in results.reports.values()) + 1
-            title = f"{name}, {file} ({number} of {pairs})"
+            title = f"{name}, {file} ({next(number)} of {pairs})"
             data = describe_file(path, len(found))
             store = ResultStore(out / "store", model=described["fingerprint"], data=data["sha256"], version=__version__)
             report = evaluate(model, tokenizer, found, store=store, progress=progress and title, **settings)
