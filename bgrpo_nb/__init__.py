@@ -12,9 +12,7 @@ Modules:
 - `bgrpo_nb.search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt read once, each token written once, for any Hugging Face causal model.
 - `bgrpo_nb.search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face causal model; and a guide to the key-value cache.
 - `bgrpo_nb.search.packed_weights`: Linear layers whose weights lie as the processor wants them, for as long as a search runs.
-- `bgrpo_nb.solve.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to find.
-- `bgrpo_nb.solve.evaluation`: What a policy can do greedily, with beams and with samples; every figure with its interval, every difference with its own.
-- `bgrpo_nb.solve.result_store`: What an evaluation has found, kept as it comes: one line a problem, one file for each policy, problems and settings.
+- `bgrpo_nb.solve.result_store`: The result store: files in which an evaluation stores results as they come; a killed process loses one batch at most.
 - `bgrpo_nb.study.analysis_figures`: The figures of a table of runs.
 - `bgrpo_nb.study.analysis_report`: One HTML file of a table of runs, and beside it the numbers of every table and figure."""
 
