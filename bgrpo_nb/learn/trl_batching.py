@@ -33,8 +33,8 @@ def check_groups(prompts: Sequence,    # of all processes, in order
     for start in range(0, len(prompts), num_generations):
         first, *others = prompts[start:start + num_generations]
         if any(p != first for p in others):
-            raise ValueError(f"group {len(found)} holds different prompts, but its {num_generations} rows must be copies"
-                             " of one; use the trainer's own data loader and sampler")
+            raise ValueError(f"group {len(found)} holds different prompts, but its {num_generations} rows must be "
+                             "copies of one; use the trainer's own data loader and sampler")
         found.append(first)
     return found
 
