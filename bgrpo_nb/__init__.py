@@ -6,7 +6,6 @@ Modules:
 - `bgrpo_nb.algebra.polynomial`: Prefix notation, and the algebra that says whether an answer decomposes a polynomial.
 - `bgrpo_nb.algebra.problems`: Make, read, write, filter, mix and split decomposition problems.
 - `bgrpo_nb.cli`: `bgrpo demo | generate | sft | filter | train | evaluate | plot | sweep | analyze | convert`
-- `bgrpo_nb.learn.trainer`: TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
 - `bgrpo_nb.policy.model`: Four vocabularies, three sizes, and a door for the authors' checkpoints.
 - `bgrpo_nb.recipes.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
 - `bgrpo_nb.recipes.train`: Problems chosen, a policy trained by its beams and validated, a run folder that says everything: what `bgrpo train` does.
