@@ -429,7 +429,7 @@ def test_the_figure_is_replaced_in_a_notebook(tmp_path):
     "In a real kernel: two validations, one image, that of the second"
     import nbformat
     from nbclient import NotebookClient
-    code = ("import sys\nfrom types import SimpleNamespace as N\nfrom bgrpo_nb.base.run_folder import PlotHistory\n"
+    code = ("import sys\nfrom types import SimpleNamespace as N\nfrom bgrpo_nb.recipes.callbacks import PlotHistory\n"
             "def draw(rows, path):\n    import matplotlib.pyplot as plt\n    path.parent.mkdir(exist_ok=True); fig = plt.figure(figsize=(1 + len(rows), 1)); fig.savefig(path); plt.close(fig)\n"
             "p = PlotHistory('.', draw)\n"
             "for k in (1, 2):\n    open('metrics.jsonl', 'a').write('{}\\n')\n    p.on_evaluate(N(disable_tqdm=False), N(is_world_process_zero=True), None)\n")

@@ -5,9 +5,6 @@
 # %% auto #0
 __all__ = ['answer_key', 'decomposition_reward']
 
-# %% ../../nbs/05a_decomposition_reward.ipynb #28c1d895
-from typing import Callable
-
 # %% ../../nbs/05a_decomposition_reward.ipynb #48b01fd0
 from ..algebra.polynomial import canonical_inner, verify_batch
 from ..learn.rewards import VerifiedReward
