@@ -22,7 +22,7 @@ from bgrpo_nb.study.analysis import read_runs
 from bgrpo_nb.cli import main
 from bgrpo_nb.algebra.problems import generate_problems, write_problems
 from bgrpo_nb.solve.evaluation import METRICS
-from bgrpo_nb.policy.model import decode_completions, load_model, load_tokenizer, new_model, save_model
+from bgrpo_nb.policy.model import load_model, load_tokenizer, new_model, save_model
 from bgrpo_nb.base.processes import hand_back_memory
 from bgrpo_nb.learn.rewards import VerifiedReward, advantages_of
 from bgrpo_nb.solve.decomposition_reward import decomposition_reward
@@ -37,7 +37,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "
 
 @pytest.fixture(scope="module", params=["rotary", "learned"])
 def saved(request, tmp_path_factory):
-    "A random policy in a folder; with learned positions (GPT-2) padding on the left matters"
+    "A policy with random weights in a folder; with learned positions (GPT-2) left padding matters"
     return save_model(new_model("tiny", position=request.param, initializer_range=0.5, **SMALL), load_tokenizer("single"), tmp_path_factory.mktemp("policy"))
 
 
@@ -166,7 +166,8 @@ def test_two_processes_equal_one_also_where_a_group_spans_them(saved, tmp_path, 
 
 
 def test_a_sharded_model_searches_and_learns_as_a_whole_one(tmp_path):
-    "Each process runs every search, for a forward on one waits for the other; beams, samples, log-probabilities and gradients"
+    """Each process runs every search, because a forward on one waits for the other: beams, samples, log-probabilities and
+    gradients"""
     policy = save_model(new_model("tiny", initializer_range=0.5, **SMALL), load_tokenizer("single"), tmp_path / "policy")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TESTS / "sharded.py"), str(policy)], capture_output=True, text=True,
                           env=ONE_THREAD, timeout=300)
@@ -254,7 +255,7 @@ def miniature(folder, policy="tiny", **more):
 
 @pytest.mark.parametrize("metric,better", [("wide_beam_accuracy", max), ("kl_to_start", min)])
 def test_the_best_checkpoint_by_any_metric_and_the_last(tmp_path, metric, better):
-    "A learning rate that destroys the policy: the start is better than the end. kl_to_start falls where it should"
+    "A learning rate that destroys the policy, so that the start is better than the end; for kl_to_start lower is better"
     result = train_bgrpo(miniature(tmp_path / "run", metric_for_best_model=metric, load_best_model_at_end=True, learning_rate=3e-3, warmup_steps=0, save_total_limit=2))
     state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())      # the last is there
     values = {row["step"]: row[f"eval_{metric}"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if f"eval_{metric}" in row and row["step"]}
@@ -282,7 +283,8 @@ def test_the_same_seed_gives_the_same_metrics(tmp_path):
 
 
 def test_problems_of_several_degrees_are_measured_degree_by_degree_too(tmp_path):
-    "What a validation logs of each degree adds up to the whole, and the analysis finds it; held-out problems of one degree log no such thing"
+    """Metrics of each degree, weighted by its number of problems, add up to the metrics of all, and the analysis reads
+    them; with held-out problems of one degree nothing is logged by degree"""
     few = dict(num_beams=6, max_steps=1, eval_steps=1, save_strategy="no")
     result = train_bgrpo(miniature(tmp_path / "two", degrees="2_2,3_2", held_out=12, **few))
     counts = {d: len(r) for d, r in result["reports"][-1].by_degree().items()}
@@ -359,7 +361,7 @@ def test_tasks_of_many_variables_by_the_same_commands(tmp_path, kind, degrees):
 
 
 def test_equal_answers_earn_the_bonus_once_and_equal_prompts_are_two_groups(saved, tmp_path):
-    "Answers by hand; the group is what the trainer says it is, not rows with one prompt"
+    "Two groups with the same prompt: groups come from the trainer's group size, not from equal prompts"
     tokenizer = load_tokenizer("single")
     prompt = "+ P 1 + * P 2 ^ a P 2 ^ a P 4 ⁇"
     answers = ["^ a P 2", "* N 3 ^ a P 2", "a", "+ P 7 ^ a P 2"]
