@@ -70,7 +70,7 @@ class Trace(NamedTuple):
         if self.temperature is None:
             return f"width {self.num_generations}: {len(self.paths)} beams, {self._where()}; {mass}"
         right = sum(count for count, verdict in zip(self.counts, self.verdicts) if verdict)
-        return (f"{self.num_generations} samples at temperature {self.temperature:g}: {len(self.paths)} different, "
+        return (f"{self.num_generations} samples at temperature {self.temperature:g}: {len(self.paths)} distinct, "
                 f"{right or 'none'} right; {mass}")
 
     def _where(self) -> str:

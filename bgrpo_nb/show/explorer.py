@@ -108,7 +108,7 @@ class Panel(widgets.VBox):
         text = {"text/plain": repr(self), "text/html": self.still()}
         return {**super()._repr_mimebundle_(**kwargs), **text} if hasattr(get_ipython(), "kernel") else text
 
-# %% ../../nbs/12_widgets.ipynb #886ed433
+# %% ../../nbs/12_widgets.ipynb #9a2e7ccd
 def error_line(e: Exception) -> str:
     "One short line; a ValueError or OSError speaks for itself, any other error is named"
     kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
@@ -117,7 +117,7 @@ def error_line(e: Exception) -> str:
 
 def _setting(control) -> str:
     "Name and value of a control, for a page on which it cannot be moved; nothing for a button or an empty box"
-    value = getattr(control, "label", getattr(control, "value", "")) # a choice has a label for each value
+    value = getattr(control, "label", "") or getattr(control, "value", "") # a choice has a label for each value
     if isinstance(value, float): value = f"{value:.3g}"
     return f"<span>{control.description}: <b>{html.escape(str(value))}</b></span>" if str(value) else ""
 
