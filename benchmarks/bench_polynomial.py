@@ -1,7 +1,8 @@
-"""`verify` in microseconds a completion on one core, against the SymPy reference on the same completions in the same run.
+"""`verify` in microseconds per completion on one core, against the SymPy reference on the same completions.
 
-Problems of degree 16 (4∘4, coefficients in [-20, 20]); every figure is the best of alternating passes over the kind's completions.
-Targets: 60 µs for an answer of fitting degree, 20 µs for a malformed one or one of a wrong degree."""
+Problems of degree 16 (4∘4, coefficients in [-20, 20]); every figure is the best of alternating passes over the
+completions of one kind. Targets: 60 µs for an answer of possible degree, 20 µs for a malformed answer or one of a
+wrong degree."""
 import random
 import time
 
@@ -15,7 +16,7 @@ FITTING, OTHER = 60, 20
 
 
 def operators_first(h, rng):
-    "Another writing of the same polynomial: + + + t t t t for + t + t + t t"
+    "The same polynomial written as + + + t t t t instead of + t + t + t t"
     return "+ " * h.count("+") + h.replace("+ ", "")
 
 
@@ -84,9 +85,10 @@ def main():
         few = pairs[:12]
         assert [by_reference(*pair) for pair in few] == [verify(*pair).valid for pair in few]
         ours, theirs = microseconds(7, (verify, pairs))[0], microseconds(2, (by_reference, few))[0]
-        results[name] = dict(microseconds=round(ours, 1), target=target, sympy_microseconds=round(theirs), speedup=round(theirs / ours))
+        results[name] = dict(microseconds=round(ours, 1), target=target,
+                             sympy_microseconds=round(theirs), speedup=round(theirs / ours))
         print(f"{name:<24}{ours:7.1f} µs (target {target}), SymPy {theirs:9.0f} µs", flush=True)
-    unseen = generate_problems(3000, 4, 4, seed=2)  # more than are remembered, so each problem is read anew
+    unseen = generate_problems(3000, 4, 4, seed=2)  # more than the cache holds, so each problem is read again
     ours, = microseconds(3, (verify, [(p.expanded, p.answer) for p in unseen]))
     results["right, problem read anew"] = dict(microseconds=round(ours, 1))
     print(f"{'right, problem read anew':<24}{ours:7.1f} µs")

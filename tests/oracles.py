@@ -1,4 +1,4 @@
-"Slow and obvious forms that share no code with the package; the tests hold its fast ones against them."
+"Slow and obvious forms that share no code with the package; tests compare its fast ones with them."
 import random
 import re
 from fractions import Fraction
@@ -25,11 +25,12 @@ def names(text): return sorted(set(re.findall(r"[a-z]\d*", text)))
 
 
 def agrees(f, outer, inners, rng=random.Random(0)):
-    "Whether f = outer(inner0, inner1, ...) at three random points; a difference would show at nearly every point"
+    "Whether f = outer(inner0, inner1, ...) at three random points; different polynomials differ at nearly every point"
     for _ in range(3):
         point = {v: rng.randrange(10**6, 10**9) for text in (f, *inners) for v in names(text)}
         values = [value(h, point) for h in inners]
-        if value(f, point) != value(outer, {f"b{i}": v for i, v in enumerate(values)} | {"b": values[0]}): return False
+        slots = {f"b{i}": v for i, v in enumerate(values)} | {"b": values[0]}
+        if value(f, point) != value(outer, slots): return False
     return True
 
 
@@ -45,4 +46,7 @@ def compose(g, h):
     return out
 
 
-def draw(rng, degree, bound): return [rng.randint(-bound, bound) for _ in range(degree)] + [rng.choice([-1, 1]) * rng.randint(1, bound)]
+def draw(rng, degree, bound):
+    "Random coefficients, the leading one not 0"
+    lower = [rng.randint(-bound, bound) for _ in range(degree)]
+    return [*lower, rng.choice([-1, 1]) * rng.randint(1, bound)]

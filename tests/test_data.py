@@ -1,10 +1,10 @@
-"Problems: reproducible, distinct, in the authors' distribution, never in two splits; files that say which line is wrong."
+"Problems: reproducible, distinct, in the authors' distribution, never in two splits; errors of files name the line."
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,14 @@ from bgrpo_nb.algebra.polynomial import (
     PrefixError, canonical_inner, coefficients, degree, format_prefix, parse, verify, verify_batch)
 
 steady = settings(derandomize=True, deadline=None, database=None)
-GENERATORS = {"2∘2": lambda n, **k: generate_problems(n, 2, 2, **k), "4∘4": lambda n, **k: generate_problems(n, 4, 4, **k),
-              "canonical": lambda n, **k: generate_problems(n, 3, 2, canonical=True, **k), "both": lambda n,
-              **k: generate_problems(n, 2, 3, answer="both", **k),
-              "multivariate": generate_multivariate, "singlets": generate_on_singlets}
+GENERATORS = {
+    "2∘2": lambda n, **k: generate_problems(n, 2, 2, **k),
+    "4∘4": lambda n, **k: generate_problems(n, 4, 4, **k),
+    "canonical": lambda n, **k: generate_problems(n, 3, 2, canonical=True, **k),
+    "both": lambda n, **k: generate_problems(n, 2, 3, answer="both", **k),
+    "multivariate": generate_multivariate,
+    "singlets": generate_on_singlets,
+}
 every_generator = pytest.mark.parametrize("kind", GENERATORS)
 
 
@@ -32,7 +36,7 @@ def keys(problems): return [polynomial_key(p.expanded) for p in problems]
 
 
 def rewritten(p):
-    "The same problem in other words: terms in reverse, a zero added"
+    "The same problem written differently: terms in reverse, a zero added"
     f, terms = parse(p.expanded), p.expanded
     if len(names(p.expanded)) == 1:
         written = [format_prefix([0] * d + [int(c)], names(p.expanded)[0]) for d, c in enumerate(f.coeffs()) if c][::-1]
@@ -51,9 +55,13 @@ def test_a_seed_gives_the_same_problems_in_another_process():
     code = ("import sys; sys.path.insert(0, 'tests'); from test_data import *\n"
             "made = {k: make(12, seed=5) for k, make in GENERATORS.items()}\n"
             "made['mix'], made['split'] = mix(made['4∘4'], made['2∘2'], 0.3, 1), split(made['2∘2'], (0.5, 0.5), 1)\n"
-            "import hashlib; print(hashlib.sha256(repr({k: [*map(tuple, v)] for k, v in made.items()}).encode()).hexdigest())")
-    found = {subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONHASHSEED": seed},
-                            capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}
+            "import hashlib; text = repr({k: [*map(tuple, v)] for k, v in made.items()})\n"
+            "print(hashlib.sha256(text.encode()).hexdigest())")
+    found = set()
+    for seed in ("1", "2"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1],
+                              env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
+        found.add(done.stdout)
     assert len(found) == 1
 
 
@@ -63,9 +71,9 @@ def test_problems_are_distinct_polynomials(kind):
     assert len(set(keys(made))) == len(made) == 400
 
 
-def test_a_small_space_is_used_up_without_repetition():
-    found = {tuple(compose([c0, c1, c2], [d0, d1, d2])) for c0 in (-1, 0, 1) for c1 in (-1, 0, 1) for c2 in (-1, 1) for d0 in (-1, 0, 1)
-             for d1 in (-1, 0, 1) for d2 in (-1, 1)}
+def test_every_problem_of_a_small_space_is_found_once():
+    quadratics = list(product((-1, 0, 1), (-1, 0, 1), (-1, 1)))
+    found = {tuple(compose(g, h)) for g, h in product(quadratics, quadratics)}
     made = generate_problems(len(found), 2, 2, coefficient_bound=1)
     assert {tuple(coefficients(p.expanded)) for p in made} == found
     with pytest.raises(ValueError, match=f"only {len(found)} distinct problems"):
@@ -110,14 +118,17 @@ rows = st.integers(0, 4).flatmap(lambda d: st.lists(st.lists(numbers, min_size=d
 def test_batches_equal_the_obvious_form(g, h):
     n = min(len(g), len(h))
     g, h = g[:n], h[:n]
-    arrays = [np.array(x, dtype=object if max(abs(v) for row in x for v in row) > 2**62 else np.int64) for x in (g, h)]
-    found = compose_rows(*arrays)
+    def array(rows): return np.array(rows, object if max(abs(v) for row in rows for v in row) > 2**62 else np.int64)
+    found = compose_rows(array(g), array(h))
     assert found.tolist() == [compose(a, b) for a, b in zip(g, h)]
     assert format_rows(found) == [format_prefix(row) for row in found.tolist()]
 
 
+small = st.integers(-20, 20)
+
+
 @settings(steady, max_examples=100)
-@given(st.lists(st.tuples(st.integers(-20, 20), st.integers(-20, 20), st.integers(-20, 20).filter(bool)), min_size=1, max_size=8))
+@given(st.lists(st.tuples(small, small, small.filter(bool)), min_size=1, max_size=8))
 def test_canonical_rows_equal_canonical_inner(h):
     assert format_rows(canonical_rows(np.array(h))) == [canonical_inner(format_prefix(row)) for row in h]
 
@@ -127,7 +138,8 @@ def parts(problems, outer_degree, inner_degree):
     def padded(p, d): return p + [0] * (d + 1 - len(p))
     hs = [padded(coefficients(p.answer), inner_degree) for p in problems]
     gs = [padded(coefficients(verify(p.expanded, p.answer, domain="ZZ").outer), outer_degree) for p in problems]
-    return {"prompt": [len(p.expanded.split()) for p in problems], "answer": [len(p.answer.split()) for p in problems],
+    return {"prompt": [len(p.expanded.split()) for p in problems],
+            "answer": [len(p.answer.split()) for p in problems],
             **{f"h{d}": c for d, c in enumerate(zip(*hs))}, **{f"g{d}": c for d, c in enumerate(zip(*gs))}}
 
 
@@ -137,35 +149,46 @@ def test_the_authors_distribution(shared, degrees):
     theirs = parts(read_problems(shared / f"published/test_dataset_{degrees}.txt"), outer, inner)
     made = generate_problems(1000, outer, inner, seed=7)
     assert Counter(degree(p.expanded) for p in made) == {outer * inner: 1000}
-    ours, narrower = parts(made, outer, inner), parts(generate_problems(1000, outer, inner, coefficient_bound=17, seed=7), outer, inner)
+    ours = parts(made, outer, inner)
+    narrower = parts(generate_problems(1000, outer, inner, coefficient_bound=17, seed=7), outer, inner)
+    def limits(numbers): return min(numbers), max(numbers)
     for name in theirs:
         assert ks_2samp(theirs[name], ours[name]).pvalue > 1e-3, name
-        if name[0] in "gh": assert (min(ours[name]), max(ours[name])) == (min(theirs[name]), max(theirs[name])) == (-20, 20), name
+        if name[0] in "gh": assert limits(ours[name]) == limits(theirs[name]) == (-20, 20), name
         else: assert abs(np.mean(ours[name]) / np.mean(theirs[name]) - 1) < 0.015, name
-    assert ks_2samp(theirs["prompt"], narrower["prompt"]).pvalue < 1e-3, "the comparison would not notice smaller coefficients"
+    smaller = ks_2samp(theirs["prompt"], narrower["prompt"]).pvalue
+    assert smaller < 1e-3, "the comparison would not notice smaller coefficients"
+
+
+def largest(p):
+    "The largest coefficient of an answer's parts"
+    return max(abs(int(c)) for part in p.answer.split(" & ") for c in parse(part).coeffs())
 
 
 def shape(p):
     "What the published several-variable problems have in common"
     outer, *inners = p.answer.split(" & ")
-    return (set(names(p.expanded)) <= {"a0", "a1", "a2"}, set(names(outer)) <= {"b0", "b1", "b2"}, len(inners), degree(outer) <= 2,
+    return (set(names(p.expanded)) <= {"a0", "a1", "a2"}, set(names(outer)) <= {"b0", "b1", "b2"},
+            len(inners), degree(outer) <= 2,
             all(names(h) in ([], [f"a{i}"]) and degree(h) <= 2 for i, h in enumerate(inners)),
-            all(abs(int(c)) <= 20 for part in (outer, *inners) for c in parse(part).coeffs()))
+            largest(p) <= 20)
 
 
 def test_the_authors_form_in_several_variables(shared):
     theirs, ours = read_problems(shared / "published/multi_variable_test.txt"), generate_multivariate(300, seed=3)
     assert {shape(p) for p in theirs} == {shape(p) for p in ours} == {(True, True, 3, True, True, True)}
-    largest = [max(abs(int(c)) for p in made for part in p.answer.split(" & ") for c in parse(part).coeffs()) for made in (theirs, ours)]
-    assert largest == [20, 20]
+    assert max(map(largest, theirs)) == max(map(largest, ours)) == 20
 
 
 def test_the_authors_form_of_singlets(shared):
     for made in (read_problems(shared / "published/ON_data_test.txt"), generate_on_singlets(200, seed=3)):
         for p in made:  # each product of first components has its twin of second components
             h = parse(p.answer)
-            places = [int(v[1:]) for v in h.context().names()]
-            terms = {tuple(v for v, e in zip(places, exponents) for _ in range(int(e))): c for exponents, c in h.to_dict().items()}
+            numbers = [int(v[1:]) for v in h.context().names()]
+            terms = {}
+            for exponents, c in h.to_dict().items():
+                factors = [[number] * int(e) for number, e in zip(numbers, exponents)]
+                terms[tuple(sum(factors, []))] = c
             firsts = {pair: c for pair, c in terms.items() if pair[0] % 2}
             assert terms == firsts | {(u + 1, v + 1): c for (u, v), c in firsts.items()}, p.answer
 
@@ -195,18 +218,20 @@ def test_splits_share_no_polynomial():
     assert Counter(train + validation + test) == Counter(doubled)
     assert not any(set(keys(a)) & set(keys(b)) for a, b in ((train, validation), (train, test), (validation, test)))
     assert [len(set(keys(part))) for part in (train, validation, test)] == [280, 35, 35]
-    assert split(doubled, (0.8, 0.1, 0.1), seed=2) == [train, validation, test] != split(doubled, (0.8, 0.1, 0.1), seed=3)
+    assert split(doubled, (0.8, 0.1, 0.1), seed=2) == [train, validation, test]
+    assert split(doubled, (0.8, 0.1, 0.1), seed=3) != [train, validation, test]
     with pytest.raises(ValueError, match="sum to 0.9"): split(problems, (0.5, 0.4))
 
 
 def test_equal_polynomials_have_equal_keys():
-    for p in generate_problems(50, 3, 2, seed=1): assert polynomial_key(p.expanded) == polynomial_key(rewritten(p).expanded)
-    for p in generate_multivariate(30, seed=1): assert polynomial_key(p.expanded) == polynomial_key(rewritten(p).expanded)
-    assert polynomial_key("^ a P 2") != polynomial_key("^ b P 2") and polynomial_key("* a0 ^ a1 P 2") != polynomial_key("* ^ a0 P 2 a1")
+    for p in generate_problems(50, 3, 2, seed=1) + generate_multivariate(30, seed=1):
+        assert polynomial_key(p.expanded) == polynomial_key(rewritten(p).expanded)
+    assert polynomial_key("^ a P 2") != polynomial_key("^ b P 2")
+    assert polynomial_key("* a0 ^ a1 P 2") != polynomial_key("* ^ a0 P 2 a1")
 
 
 @every_generator
-def test_files_give_back_what_was_written(kind, tmp_path):
+def test_reading_undoes_writing(kind, tmp_path):
     made = GENERATORS[kind](40, seed=1) + [Problem("^ a P 4", "")]
     path = write_problems(tmp_path / "new folder/problems.txt", made)
     assert read_problems(path) == made and read_problems(path, limit=7) == made[:7]
@@ -214,7 +239,8 @@ def test_files_give_back_what_was_written(kind, tmp_path):
 
 
 def test_published_files_are_read(shared):
-    found = {p.name: read_problems(p) for p in (shared / "published").glob("*.txt") if not p.name.startswith("predictions")}
+    paths = [p for p in (shared / "published").glob("*.txt") if not p.name.startswith("predictions")]
+    found = {p.name: read_problems(p) for p in paths}
     assert {name: len(problems) for name, problems in found.items()} == {
         "test_dataset_2_2.txt": 1000, "test_dataset_2_3.txt": 1000, "test_dataset_3_3.txt": 1000,
         "test_dataset_4_4.txt": 1000,
@@ -238,11 +264,12 @@ def test_a_wrong_line_is_named(tmp_path, line, fault):
     path = tmp_path / "mine.txt"
     path.write_text(GOOD + "\n" + line + "\n" + GOOD, encoding="utf-8")
     with pytest.raises(PrefixError) as error: read_problems(path)
-    assert str(error.value).startswith(f"{path}, line 3: ") and fault in str(error.value) and "\n" not in str(error.value)
+    message = str(error.value)
+    assert message.startswith(f"{path}, line 3: ") and fault in message and "\n" not in message
     assert len(read_problems(path, limit=1)) == 1
 
 
-def test_a_question_mark_separates_too_and_editors_leave_their_marks(tmp_path):
+def test_a_question_mark_separates_too_and_a_byte_order_mark_is_skipped(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("\ufeff" + GOOD.replace("⁇", "?").replace(" ", "  ") + "^ a P 6 ?\r\n", encoding="utf-8")
     assert read_problems(path) == [Problem("+ P 1 * P 2 ^ a P 4", "^ a P 2"), Problem("^ a P 6", "")]
@@ -258,7 +285,7 @@ def test_a_file_that_holds_no_problems(tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no file"): read_problems(nowhere)
 
 
-def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_writing_is_atomic(tmp_path, monkeypatch):
     made = generate_problems(20, 2, 2)
     path = write_problems(tmp_path / "problems.txt", made)
     def broken():
@@ -273,17 +300,16 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_filter_by_degree():
-    problems = [p for degrees in ((2, 2), (2, 3), (3, 2), (2, 4)) for p in generate_problems(20, *degrees)] + generate_multivariate(20)
+    problems = generate_multivariate(20)
+    for degrees in ((2, 2), (2, 3), (3, 2), (2, 4)): problems += generate_problems(20, *degrees)
     random.Random(0).shuffle(problems)
     for d in range(2, 10): assert filter_by_degree(problems, d) == [p for p in problems if degree(p.expanded) == d]
     assert len(filter_by_degree(problems, 6)) == 40 and filter_by_degree(problems, 7) == []
 
 
-@pytest.mark.parametrize("n_hard,n_easy,share,expected",
-                         [(30, 100, 0.5, (30, 30)), (100, 30, 0.25, (10, 30)), (10, 90, 0.1, (10, 90)),
-                          (7, 50, 0.3, (7, 16)),
-                                                          (5, 8, 0.0, (0, 8)), (5, 8, 1.0, (5, 0)), (0, 8, 0.5,
-                                                              (0, 0))])
+@pytest.mark.parametrize("n_hard,n_easy,share,expected", [
+    (30, 100, 0.5, (30, 30)), (100, 30, 0.25, (10, 30)), (10, 90, 0.1, (10, 90)), (7, 50, 0.3, (7, 16)),
+    (5, 8, 0.0, (0, 8)), (5, 8, 1.0, (5, 0)), (0, 8, 0.5, (0, 0))])
 def test_mix(n_hard, n_easy, share, expected):
     hard, easy = generate_problems(n_hard, 4, 4), generate_problems(n_easy, 2, 2)
     mixed = mix(hard, easy, share, seed=1)

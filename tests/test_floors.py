@@ -88,7 +88,7 @@ def test_a_floor_names_nothing_it_must_not_know(module):
     *((f"bgrpo_nb.base.{name}", ("torch", "transformers", "trl", "matplotlib", "wandb"))
       for name in ("assets", "files", "plotting", "processes", "run_folder", "settings")),
     *((f"bgrpo_nb.algebra.{name}", ("torch", "transformers", "trl", "sympy"))
-      for name in ("polynomial", "notation", "problems")),
+      for name in ("polynomial", "notation", "exact_decomposition", "problems")),
     ("bgrpo_nb.search.generation", ("trl",)),
     ("bgrpo_nb.policy.model", ("trl",)),
     ("bgrpo_nb.learn.rewards", ("torch", "transformers", "trl")),

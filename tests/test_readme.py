@@ -103,6 +103,12 @@ def test_links_lead_somewhere():
     assert len(links) > 10 and not [url for url in links if not (REPO / url.split("#")[0]).exists()]
 
 
+def test_the_evidence_is_drawn_from_the_recordings(tmp_path):
+    drawn = tmp_path / "evidence.svg"
+    subprocess.run([sys.executable, REPO / "nbs/experiments/evidence.py", drawn], check=True, env=os.environ | {"PYTHONPATH": str(REPO)})
+    assert drawn.read_text() == (REPO / "nbs/images/evidence.svg").read_text(), "run nbs/experiments/evidence.py"
+
+
 def test_every_page_of_the_site_is_linked():
     listed = set(re.findall(r"- +(\S+\.ipynb)", QUARTO)) - {"index.ipynb"}
     assert listed and not [page for page in listed if f"(nbs/{page})" not in README], "add it to the tables of nbs/index.ipynb"

@@ -128,7 +128,7 @@ def test_sigterm_at_one_of_two_processes_saves_and_ends_both(policy, tmp_path):
     workers = [p for p in children(running.pid) if b"train" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(max(workers), signal.SIGTERM)
     said, errors = running.communicate(timeout=240)
-    assert said.count("stopped after step") == 1 and "go on with: bgrpo train" in said, said + errors[-3000:]
+    assert said.count("stopped after step") == 1 and "resume with: bgrpo train" in said, said + errors[-3000:]
     step = int(said.split("stopped after step ")[1].split(",")[0])
     checkpoint = newest_checkpoint(tmp_path / "run")
     assert checkpoint.name == f"checkpoint-{step}" and {p.name for p in checkpoint.glob("pending_*")} == {"pending_0_of_2.pt", "pending_1_of_2.pt"}

@@ -218,7 +218,7 @@ def test_stopped_and_resumed(place, number):
     until(lambda: (folder / "journal.log").exists() and len(settled(started(folder)() or [])) >= 2 and len(running(trials(folder))) == 2)
     process.send_signal(number)
     said, _ = process.communicate(timeout=90)
-    assert process.returncode == 130 and "trials are left; go on with" in said, said
+    assert process.returncode == 130 and "trials are left; continue with" in said, said
     found = trials(folder)
     assert not orphans(folder) and not running(found) and [t.user_attrs["lost"] for t in found if "lost" in t.user_attrs] == [0, 0]
     (folder / "slow").unlink()
@@ -331,7 +331,7 @@ PARAMETERS = dict(x=dict(values=[1, 2]))
     (dict(parameters=dict(x=dict(distribution="int_uniform", min=1, max=2.5))), "use uniform"), (dict(parameters=dict(x=dict(min=3, max=3))), "must be below"),
     (dict(parameters=dict(x=dict(min=3))), "takes min and max"), (dict(parameters=dict(x=dict(min="low", max="high"))), "is no number"), (dict(parameters=dict(x=5)), "write {value: 5}"),
     (dict(parameters=dict(x=[5, 6])), "write {values: [5, 6]}"), (dict(parameters=dict(x=dict(vales=[1]))), "did you mean value"), (dict(parameters=dict(x=dict(values=[]))), "must be a list"),
-    (dict(parameters=dict(x=dict(values=[1, 1.0]))), "stands twice"), (dict(parameters=dict(x=dict(value=1, values=[1, 2]))), "not value and values"),
+    (dict(parameters=dict(x=dict(values=[1, 1.0]))), "is twice"), (dict(parameters=dict(x=dict(value=1, values=[1, 2]))), "not value and values"),
     (dict(parameters=dict(x=dict(parameters=dict(y=dict(value=1))))), "its own name"), (dict(parameters=dict(x=dict(values=[[1], [2]]))), "cannot become a flag"),
     (dict(parameters=dict(x=dict(min=0.0, max=1.0, q=0.3))), "multiple of q"), (dict(parameters=dict(output_dir=dict(value="x"))), "leave it out"),
     (dict(parameters=dict(x=dict(min=0.0, max=1.0))), "a grid cannot hold"), (dict(parameters=PARAMETERS | dict(seed=dict(min=0, max=9))), "name the seeds"),
@@ -391,7 +391,7 @@ def test_what_cannot_be_done_is_one_line_and_status_2(place, capsys, monkeypatch
 def test_a_dry_run_times_one_trial_and_leaves_nothing(place):
     before = sorted(p.name for p in place.iterdir())
     status, said = launch("grid.yaml", "--dry-run", "--workers", 2)
-    assert status == 0 and "36 trials" in said and "is run now to time it" in said and "thrown away" in said and "2 at a time" in said, said
+    assert status == 0 and "36 trials" in said and "is run now to time it" in said and "are deleted" in said and "2 at a time" in said, said
     assert sorted(p.name for p in place.iterdir()) == sorted([*before])
 
 

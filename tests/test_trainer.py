@@ -379,7 +379,7 @@ def test_the_figure_is_replaced_in_a_notebook(tmp_path):
     "In a real kernel: two validations, one image, that of the second"
     import nbformat
     from nbclient import NotebookClient
-    code = ("import sys\nfrom types import SimpleNamespace as N\nfrom bgrpo_nb.base.run_folder import PlotHistory\n"
+    code = ("import sys\nfrom types import SimpleNamespace as N\nfrom bgrpo_nb.recipes.callbacks import PlotHistory\n"
             "def draw(rows, path):\n    import matplotlib.pyplot as plt\n    path.parent.mkdir(exist_ok=True); fig = plt.figure(figsize=(1 + len(rows), 1)); fig.savefig(path); plt.close(fig)\n"
             "p = PlotHistory('.', draw)\n"
             "for k in (1, 2):\n    open('metrics.jsonl', 'a').write('{}\\n')\n    p.on_evaluate(N(disable_tqdm=False), N(is_world_process_zero=True), None)\n")
@@ -398,7 +398,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     while time.time() < end and running.poll() is None and not (metrics.exists() and metrics.read_text().count("loss")): time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     said, _ = running.communicate(timeout=120)
-    assert running.returncode == 130 and "go on with: bgrpo train" in said and said.rstrip().endswith("--resume"), said
+    assert running.returncode == 130 and "resume with: bgrpo train" in said and said.rstrip().endswith("--resume"), said
     stopped = int(said.split("after step ")[1].split(",")[0])
     assert 1 <= stopped < 6 and (tmp_path / f"run/checkpoint-{stopped}/trainer_state.json").exists()
     again = subprocess.run([*command, "--resume"], cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
