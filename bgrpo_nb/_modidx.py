@@ -1041,6 +1041,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'bgrpo_nb.study.launcher.worker': ('launcher.html#worker', 'bgrpo_nb/study/launcher.py')},
             'bgrpo_nb.study.permutation_tests': { 'bgrpo_nb.study.permutation_tests._shuffled_sums': ( 'permutation_tests.html#_shuffled_sums',
                                                                                                        'bgrpo_nb/study/permutation_tests.py'),
+                                                  'bgrpo_nb.study.permutation_tests._splits': ( 'permutation_tests.html#_splits',
+                                                                                                'bgrpo_nb/study/permutation_tests.py'),
                                                   'bgrpo_nb.study.permutation_tests._spread_between': ( 'permutation_tests.html#_spread_between',
                                                                                                         'bgrpo_nb/study/permutation_tests.py'),
                                                   'bgrpo_nb.study.permutation_tests.block_test': ( 'permutation_tests.html#block_test',

@@ -5,6 +5,7 @@ chapter 11; what the page says, it asks of the `RunTable`."""
 import html
 import io
 import re
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -100,12 +101,15 @@ class _Report:
         self.save(name, frame)
         return f"<figure>{_svg(fig, name)}</figure>"
 
+    @cached_property
+    def compared(self): return self.runs.differences(self.metric, self.arm, self.baseline, self.seed)
+
     def conclusion(self) -> str:
-        return "".join(map(_said, self.runs.conclusion(self.metric, self.arm, self.baseline, self.seed)))
+        lines = self.runs.conclusion(self.metric, self.arm, self.baseline, self.seed, self.compared)
+        return "".join(map(_said, lines))
 
     def differences(self) -> str:
-        found = self.runs.differences(self.metric, self.arm, self.baseline, self.seed)
-        return self.table("differences", pd.DataFrame(found).drop(columns="notes", errors="ignore"))
+        return self.table("differences", pd.DataFrame(self.compared).drop(columns="notes", errors="ignore"))
 
     def all_pairs(self) -> str:
         "A figure for each treatment that has pairs"
