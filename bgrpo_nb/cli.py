@@ -312,7 +312,7 @@ def convert(argv):
     p.add_argument("destination", help="a folder, or a .pt or .safetensors file")
     p.add_argument("--n_head", type=int, help="attention heads; left out: from model_configuration.json beside the source")
     a = p.parse_args(argv)
-    from bgrpo_nb.policy.model import convert_checkpoint
+    from bgrpo_nb.policy.checkpoints import convert_checkpoint
     print("written to", convert_checkpoint(a.source, a.destination, {"n_head": a.n_head} if a.n_head else None))
 
 # %% ../nbs/13_cli.ipynb #5eee9002

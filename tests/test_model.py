@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from bgrpo_nb.search.generation import beam_search, greedy
-from bgrpo_nb.policy.model import (
-    convert_checkpoint, decode_completions, encode, load_model, load_tokenizer, vocabularies)
+from bgrpo_nb.policy.checkpoints import convert_checkpoint
+from bgrpo_nb.policy.model import decode_completions, encode, load_model, load_tokenizer, vocabularies
 
 
 @pytest.fixture(scope="module")
