@@ -203,7 +203,7 @@ def test_a_file_that_cannot_be_learnt_from(config, tmp_path, make, fault):
 @pytest.mark.parametrize("changes,fault", [
     (dict(degrees=["2-2"]), "3_2"), (dict(degrees=["1_2"]), "2 or more"),
     (dict(preset="huge"), "tiny, small or paper|tiny, small, paper"),
-    (dict(max_steps=0), "1 or more"), (dict(weights_dtype="float16"), "float32 or bfloat16"),
+    (dict(max_steps=0), "1 or more"), (dict(weights_dtype="float16"), "float32, bfloat16"),
     (dict(coefficient_bound=0), "1 or more"),
     (dict(coefficient_bound=1), "distinct problems"), (dict(model="nowhere"), "no model at nowhere"),
     (dict(resume=True), "leave out --resume"),
