@@ -13,7 +13,6 @@ Modules:
 - `bgrpo_nb.learn.rewards`: What a right answer is worth in place k of a beam search, and how a group of rewards becomes a group of advantages.
 - `bgrpo_nb.learn.trainer`: TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
 - `bgrpo_nb.learn.trl_batching`: From rows that repeat a prompt to one beam search a prompt; from K full rows back to one forward over their trie.
-- `bgrpo_nb.recipes.train`: Problems chosen, a policy trained by its beams and validated, a run folder that says everything: what `bgrpo train` does.
 - `bgrpo_nb.recipes.wandb_logging`: A run at Weights & Biases (W&B): started, continued after a resume, given panels, and ended.
 - `bgrpo_nb.search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt read once, each token written once, for any Hugging Face causal model.
 - `bgrpo_nb.search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face causal model; and a guide to the key-value cache.
