@@ -2,9 +2,10 @@
 
 Modules:
 
-- `bgrpo_nb.policy.model`: Four vocabularies, three sizes, and a door for the authors' checkpoints.
-- `bgrpo_nb.recipes.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
-- `bgrpo_nb.recipes.train`: Problems chosen, a policy trained by its beams and validated, a run folder that says everything: what `bgrpo train` does.
+- `bgrpo_nb.base.files`: Files that are written whole or not at all, and files that are read while another process writes them.
+- `bgrpo_nb.base.processes`: Child processes that end together with the process that started them.
+- `bgrpo_nb.base.run_folder`: The folder of a run: what was asked (`config.yaml`), what happened (`metrics.jsonl`), how it ended (`result.json`), and checkpoints in the format of Hugging Face.
+- `bgrpo_nb.recipes.wandb_logging`: A run at Weights & Biases (W&B): started, continued after a resume, given panels, and ended.
 - `bgrpo_nb.search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt read once, each token written once, for any Hugging Face causal model.
 - `bgrpo_nb.search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face causal model; and a guide to the key-value cache.
 - `bgrpo_nb.search.packed_weights`: Linear layers whose weights lie as the processor wants them, for as long as a search runs.
@@ -20,7 +21,8 @@ _PUBLIC = { # module -> names that can be imported from here; a module is loaded
     "algebra.problems": "Problem filter_by_degree generate_multivariate generate_on_singlets generate_problems mix "
                         "read_problems write_problems",
     "search.generation": "Beams beam_search greedy sample",
-    "policy.model": "PRESETS convert_checkpoint load_model load_tokenizer save_model",
+    "policy.checkpoints": "convert_checkpoint",
+    "policy.model": "PRESETS load_model load_tokenizer save_model",
     "learn.rewards": "VerifiedReward",
     "learn.trl_batching": "roll_out trie_logps",
     "learn.trainer": "BGRPOConfig BGRPOTrainer",
