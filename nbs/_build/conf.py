@@ -15,7 +15,7 @@ nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_merge_streams = True
 nb_ipywidgets_js = {"widgets.js": {}}
-myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 mathjax_path = "mathjax.js"
 mathjax3_config = {"svg": {"scale": 0.94}}
@@ -38,7 +38,11 @@ DIAGRAMS = """addEventListener("load", () => {
   document.head.append(script);
 });"""
 # Widgets call MathJax 2; the page's MathJax 3 has drawn its formulas without being asked
-WIDGETS = """{ let mathjax; Object.defineProperty(window, "MathJax", {get: () => mathjax, set: m => { mathjax = m; m.Hub = {Queue() {}}; }}); }"""
+WIDGETS = """{
+  let mathjax;
+  const set = m => { mathjax = m; m.Hub = {Queue() {}}; };
+  Object.defineProperty(window, "MathJax", {get: () => mathjax, set});
+}"""
 
 
 def scripts(app, pagename, templatename, context, doctree):
