@@ -1,7 +1,11 @@
 "Sphinx's settings for `build_site.py`; the title is that of _quarto.yml."
+import sys
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tables import mark_all
 
 NBS = Path(__file__).resolve().parents[1]
 
@@ -45,11 +49,12 @@ WIDGETS = """{
 }"""
 
 
-def scripts(app, pagename, templatename, context, doctree):
-    "What only some pages need"
+def complete(app, pagename, templatename, context, doctree):
+    "What only some pages need: classes for the cells of tables, scripts"
     body = context.get("body", "")
+    if "<table" in body: context["body"] = mark_all(body)
     if 'class="mermaid"' in body: app.add_js_file(None, body=DIAGRAMS % context["pathto"]("_static/mermaid.js", 1))
     if "jupyter.widget-view" in body: app.add_js_file(None, body=WIDGETS, priority=100)
 
 
-def setup(app): app.connect("html-page-context", scripts)
+def setup(app): app.connect("html-page-context", complete)

@@ -1,4 +1,4 @@
-"""The rules for code: `ruff check` with the settings of pyproject.toml, and the length of lines in notebooks (at most 120).
+"""The rules for code: `ruff check` with the settings of pyproject.toml, and at most 120 characters a line in notebooks.
 
     lint.py [FILE.ipynb ...]      without files: everything"""
 import json

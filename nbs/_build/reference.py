@@ -138,12 +138,7 @@ def hidden_toctree(targets, caption=""): # staged paths, without suffix
 def public_names():
     "name -> module (dotted, without the package) of what can be imported from the package itself"
     import bgrpo_nb
-    found = {}
-    for name in dir(bgrpo_nb):
-        if name.startswith("_"): continue
-        home = getattr(getattr(bgrpo_nb, name), "__module__", None)
-        if isinstance(home, str) and home.startswith("bgrpo_nb."): found[name] = home.removeprefix("bgrpo_nb.")
-    return found
+    return bgrpo_nb._MODULE_OF
 
 
 class ApiPage:
@@ -185,8 +180,12 @@ class Reference:
             if name in self.pages: found |= self._names_of(name)
         for name, home in self.public.items():
             page = self.page_of(home)
-            if page is not None: found[f"bgrpo_nb.{name}"] = (page, slug(name))
+            if page is not None: found[f"bgrpo_nb.{name}"] = (page, self._anchor(home, name))
         return found
+
+    def _anchor(self, name, word):
+        "Where a module's page documents a name; constants have no heading"
+        return slug(word) if find_node(self.modules[name], word) else ""
 
     def _names_of(self, name): # a module with a page of its own
         "The names that a plain module defines: behind the module's name, and alone where no other module defines them"
@@ -200,12 +199,18 @@ class Reference:
             for word in dotted:
                 link = (page, slug(word))
                 found[f"{name.split('.')[-1]}.{word}"] = found[f"bgrpo_nb.{name}.{word}"] = link
-                if node.name not in elsewhere: found[word] = link
+                if node.name in elsewhere: continue
+                found[f"{word}()"] = link
+                if self._distinctive(word): found[word] = link
         return found
+
+    def _distinctive(self, word):
+        "Can a word in backticks only be this name? `start` may be anything, `read_metrics` and `Run` may not"
+        return "_" in word or "." in word or not word.islower() or word in self.public
 
     def find(self, word):
         "(page, anchor) for a word in backticks; (None, '') where it is only a word"
-        return self.words.get(word.removesuffix("()"), (None, ""))
+        return self.words.get(word) or self.words.get(word.removesuffix("()"), (None, ""))
 
     def targets(self):
         "The pages of the API in the navigation's first level"
@@ -225,7 +230,8 @@ class Reference:
     def _link(self, page, name, word=""):
         "A link from a page to a module's page, or to a name on it"
         target, label = self.page_of(name), f"`{word or f'bgrpo_nb.{name}'}`"
-        return f"[{label}]({self.stage.to(page, target, slug(word))})" if target else label
+        anchor = self._anchor(name, word) if word else ""
+        return f"[{label}]({self.stage.to(page, target, anchor)})" if target else label
 
     def _prose(self, page, text):
         "A docstring as markdown, its words linked"
@@ -237,7 +243,7 @@ class Reference:
         parts = ["# Public names", lead]
         for name, home in self.public.items():
             node = find_node(self.modules[home], name)
-            summary = (ast.get_docstring(node) or "").split("\n\n")[0] if node else ""
+            summary = (ast.get_docstring(node) or "").split("\n\n")[0] if node else f"A constant of `{home}`"
             parts.append(f"{self._link(page, home, name)}\n: {self._prose(page, ' '.join(summary.split()))}")
         return "\n\n".join(parts)
 

@@ -102,7 +102,7 @@ def draw_map(root):
 # Module docstrings
 
 TEX = {  # commands that have a plain form
-    r"\circ": "∘", r"\cdot": "·", r"\times": "×", r"\le": "≤", r"\leq": "≤", r"\ge": "≥", r"\geq": "≥",
+    r"\circ": "∘", r"\cdot": " · ", r"\times": "×", r"\le": "≤", r"\leq": "≤", r"\ge": "≥", r"\geq": "≥",
     r"\ne": "≠", r"\to": "→", r"\in": "∈", r"\sum": "Σ", r"\pi": "π", r"\epsilon": "ε", r"\beta": "β", r"\log": "log",
     r"\exp": "exp", r"\deg": "deg", r"\min": "min", r"\max": "max", r"\,": " ", r"\;": " ", r"\quad": " ",
     r"\ldots": "...", r"\dots": "...",
