@@ -31,7 +31,7 @@ html_extra_path = [str(NBS / "llms.txt")]
 html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False
-html_theme_options = {"navigation_with_keys": True}
+html_theme_options = {"navigation_with_keys": False}   # arrow keys move sliders
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 

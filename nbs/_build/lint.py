@@ -37,7 +37,8 @@ def check_notebooks(paths):
 
 def run_ruff():
     "Exit status of `ruff check`, which prints what it finds"
-    return subprocess.run([Path(sys.executable).parent / "ruff", "check", "--quiet", REPO]).returncode
+    ruff = Path(sys.executable).parent / "ruff"
+    return subprocess.run([ruff, "check", "--quiet", "--output-format", "concise", REPO]).returncode
 
 
 def main(arguments):

@@ -181,7 +181,7 @@ def quoted(text):
     ends_well = not text.endswith(('"', "\\"))
     if '"""' not in text and ends_well: return f'r"""{text}"""' if "\\" in text else f'"""{text}"""'
     escaped = text.replace("\\", "\\\\").replace('"""', r'\"\"\"')
-    if escaped.endswith('"'): escaped = escaped[:-1] + r"\""
+    if escaped.endswith('"') and not escaped.endswith(r'\"'): escaped = escaped[:-1] + r"\""
     return f'"""{escaped}"""'
 
 

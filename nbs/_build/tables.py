@@ -16,7 +16,7 @@ def words(cell):
 def is_number(text):
     "A number, alone or with what belongs to it: a unit, ± another number, an interval, a p value"
     rest = NUMBER.sub("", text)
-    return bool(NUMBER.match(text)) and not re.sub(r"±|\+/-|\bp\b|[\[\](),;%…/=\s]|\bto\b", "", rest)
+    return bool(NUMBER.match(text.lstrip("[("))) and not re.sub(r"±|\+/-|\bp\b|[\[\](),;%…/=\s]|\bto\b", "", rest)
 
 
 def mark(table): # HTML of one table
