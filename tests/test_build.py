@@ -148,6 +148,15 @@ def test_the_map_of_the_index_page_is_that_of_the_imports():
     assert f"{sync.MAP[0]}\n```mermaid\n{house.diagram()}\n```\n{sync.MAP[1]}" in text, "run make export"
 
 
+def test_the_library_imports_from_its_own_modules():
+    "A name taken from `bgrpo_nb` itself would hide which folder it comes from"
+    below = [module for module in house.modules().values() if module.folder != "cli"]
+    for module in below:
+        names = {name for name in house.imported(module.path) if name.startswith("bgrpo_nb.")}
+        hidden = {name for name in names if house.folder_of(name) is None} - {"bgrpo_nb.__version__"}
+        assert not hidden, f"{module.name} imports {hidden}"
+
+
 def test_an_import_moves_the_map(tmp_path):
     files = {
         "base/__init__": '"""The ground."""', "base/files": "import json",

@@ -37,10 +37,14 @@ def first_line(node):
 
 def header(module, node):
     "A signature as it was written, with what its comments say of shapes and units"
-    if isinstance(node, ast.ClassDef): return _class_header(module, node)
+    above = [f"@{text}" for text in map(ast.unparse, node.decorator_list) if not text.startswith("patch")]
+    if isinstance(node, ast.ClassDef): return "\n".join([*above, _class_header(module, node)])
     start, end = node.lineno - 1, node.body[0].lineno - 1
-    if start == end: return ast.unparse(node).split(":\n")[0] + ":"
-    return dedent("\n".join(module.text.splitlines()[start:end]).rstrip())
+    if start == end:    # the body is on the line of the signature
+        bare = ast.parse(ast.unparse(node)).body[0]
+        bare.decorator_list = []
+        return "\n".join([*above, ast.unparse(bare).split(":\n")[0] + ":"])
+    return "\n".join([*above, dedent("\n".join(module.text.splitlines()[start:end]).rstrip())])
 
 
 def _class_header(module, node):
