@@ -20,12 +20,13 @@ Folders and modules, from the ground up:
 - `algebra.problems`: Make, read, write, filter, mix and split decomposition problems.
 
 `bgrpo_nb.search`: Token ids in, ranked completions out, for any causal model.
-- `search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt read once, each token written once,
-  for any Hugging Face causal model.
-- `search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face
-  causal model; and a guide to the key-value cache.
-- `search.packed_weights`: Linear layers whose weights lie as the processor wants them, for as long as a search
-  runs.
+- `search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt is read once, each token is stored
+  once.
+- `search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any causal model of
+  Transformers.
+- `search.grammar`: A logits processor that leaves only tokens which can still become well-formed prefix notation.
+- `search.packed_weights`: A guide to the key-value cache; then packed weights, compiled and captured steps, and
+  what each of them costs.
 
 `bgrpo_nb.policy`: Vocabularies, sizes and checkpoints of a policy.
 - `policy.checkpoints`: The authors' state dicts become Hugging Face folders, and folders become state dicts again,

@@ -672,6 +672,10 @@ d = {
     ('beam_tree.html#beamtree', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.BeamTree.__init__':
     ('beam_tree.html#beamtree.__init__', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.BeamTree._bias':
+    ('beam_tree.html#beamtree._bias', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.BeamTree._new_nodes':
+    ('beam_tree.html#beamtree._new_nodes', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.BeamTree.extend':
     ('beam_tree.html#beamtree.extend', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.BeamTree.keep_prompts':
@@ -716,6 +720,12 @@ d = {
     ('beam_tree.html#_treelayer.update', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe':
     ('beam_tree.html#_probe', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._probe_logits':
+    ('beam_tree.html#_probe_logits', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._ruled_out':
+    ('beam_tree.html#_ruled_out', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._soft_capped':
+    ('beam_tree.html#_soft_capped', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._whole_mask':
     ('beam_tree.html#_whole_mask', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.tree_attention':
@@ -734,26 +744,20 @@ d = {
     ('generation.html#beams._repr_html_', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.Beams._table':
     ('generation.html#beams._table', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.PrefixGrammar':
-    ('generation.html#prefixgrammar', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.PrefixGrammar.__call__':
-    ('generation.html#prefixgrammar.__call__', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.PrefixGrammar.__init__':
-    ('generation.html#prefixgrammar.__init__', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.PrefixGrammar.to':
-    ('generation.html#prefixgrammar.to', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding':
     ('generation.html#_decoding', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.__init__':
     ('generation.html#_decoding.__init__', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._keep':
-    ('generation.html#_decoding._keep', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._Decoding._leave':
+    ('generation.html#_decoding._leave', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding._of':
     ('generation.html#_decoding._of', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding._open_first':
     ('generation.html#_decoding._open_first', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding._store':
     ('generation.html#_decoding._store', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._Decoding._update':
+    ('generation.html#_decoding._update', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.forward':
     ('generation.html#_decoding.forward', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.over':
@@ -774,22 +778,74 @@ d = {
     ('generation.html#_captured', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check':
     ('generation.html#_check', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._check_length':
+    ('generation.html#_check_length', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._check_prompts':
+    ('generation.html#_check_prompts', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._draw':
     ('generation.html#_draw', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._end_tokens':
+    ('generation.html#_end_tokens', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._ids':
     ('generation.html#_ids', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._inference':
     ('generation.html#_inference', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._run':
     ('generation.html#_run', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._summed':
+    ('generation.html#_summed', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._tree':
     ('generation.html#_tree', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._warn_once':
+    ('generation.html#_warn_once', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.beam_search':
     ('generation.html#beam_search', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.greedy':
     ('generation.html#greedy', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.sample':
     ('generation.html#sample', 'bgrpo_nb/search/generation.py'),
+  },
+  'bgrpo_nb.search.grammar': {
+   'bgrpo_nb.search.grammar.PrefixGrammar':
+    ('grammar.html#prefixgrammar', 'bgrpo_nb/search/grammar.py'),
+   'bgrpo_nb.search.grammar.PrefixGrammar.__call__':
+    ('grammar.html#prefixgrammar.__call__', 'bgrpo_nb/search/grammar.py'),
+   'bgrpo_nb.search.grammar.PrefixGrammar.__init__':
+    ('grammar.html#prefixgrammar.__init__', 'bgrpo_nb/search/grammar.py'),
+   'bgrpo_nb.search.grammar.PrefixGrammar.to':
+    ('grammar.html#prefixgrammar.to', 'bgrpo_nb/search/grammar.py'),
+   'bgrpo_nb.search.grammar._kinds':
+    ('grammar.html#_kinds', 'bgrpo_nb/search/grammar.py'),
+  },
+  'bgrpo_nb.search.packed_weights': {
+   'bgrpo_nb.search.packed_weights._fits':
+    ('fast_search.html#_fits', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._forwards':
+    ('fast_search.html#_forwards', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._groups':
+    ('fast_search.html#_groups', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._is_plain':
+    ('fast_search.html#_is_plain', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._joined':
+    ('fast_search.html#_joined', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._key':
+    ('fast_search.html#_key', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._multiply':
+    ('fast_search.html#_multiply', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._neighbours':
+    ('fast_search.html#_neighbours', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._out_by_in':
+    ('fast_search.html#_out_by_in', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._pack':
+    ('fast_search.html#_pack', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._shape':
+    ('fast_search.html#_shape', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights.forget_packed':
+    ('fast_search.html#forget_packed', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights.packed_linears':
+    ('fast_search.html#packed_linears', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights.packs':
+    ('fast_search.html#packs', 'bgrpo_nb/search/packed_weights.py'),
   },
   'bgrpo_nb.show.beams': {
    'bgrpo_nb.show.beams.Node':
