@@ -249,7 +249,6 @@ def test_jupyterlab_once(browser, tmp_path):
 
 def test_the_group_explorers_step_is_the_trainers(tmp_path):
     "One step of BGRPOTrainer on one group, and `step_on`: the same weights"
-    import torch
     from datasets import Dataset
 
     from bgrpo_nb.solve.beam_filter import answer_tokens
