@@ -11,6 +11,7 @@ demo: $(READY)
 # One thread a process: two workers with two threads each would wait for one another most of the time
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
+	@$(BIN)/python nbs/_build/lint.py
 	@$(BIN)/python nbs/_build/sync.py --check
 	@$(BIN)/nbdev-test --n-workers 2 --timing
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,9 +1,9 @@
-"""Headless Chromium for whatever has to be seen in a page. The fixtures are in every test file's reach through conftest.py:
+"""Headless Chromium for whatever has to be seen in a page. Every test file has the fixtures, through conftest.py:
 
     def test_title(page, served):           # served: a fixture of the test file, made with `serve(folder)`
         page.goto(f"{served}/index.html")
         assert page.title() == "bgrpo_nb"
-        assert not page.faults              # errors of the console, exceptions of scripts, requests that failed or went to other hosts
+        assert not page.faults              # errors of the console, of scripts, of requests; requests to other hosts
 """
 import os
 import shutil
@@ -25,21 +25,22 @@ def find_chromium():
     return os.environ.get("CHROMIUM") or next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-@pytest.fixture(scope="module")  # not the session's: while it is open, no other test of this thread could start an event loop
+@pytest.fixture(scope="module")  # not "session": while it is open, no other test of this thread can start an event loop
 def browser():
     "A Chromium for the tests of one file, or a skip that says what is missing"
     path = find_chromium()
     if not path: pytest.skip("no Chromium: install it (Debian: chromium), or name its executable in $CHROMIUM")
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu", "--disable-quic"])
+        options = ["--no-sandbox", "--disable-gpu", "--disable-quic"]
+        chromium = playwright.chromium.launch(executable_path=path, args=options)
         yield chromium
         chromium.close()
 
 
 @contextmanager
 def open_page(browser, allow_hosts=("127.0.0.1", "localhost"), **options):
-    "A page in a context of its own; `page.faults` collects what went wrong in it, and requests to other hosts are refused"
+    "A page in a context of its own; `page.faults` collects its errors, and requests to other hosts are refused"
     context = browser.new_context(**{"viewport": DESKTOP, **options})
     page = context.new_page()
     page.set_default_timeout(30_000)
@@ -51,9 +52,15 @@ def open_page(browser, allow_hosts=("127.0.0.1", "localhost"), **options):
         route.abort()
 
     context.route(lambda url: url.startswith(("http:", "https:")), decide)
-    page.on("console", lambda message: page.faults.append(f"console: {message.text}") if message.type == "error" else None)
+    def of_console(message):
+        if message.type == "error": page.faults.append(f"console: {message.text}")
+
+    def of_response(response):
+        if response.status >= 400: page.faults.append(f"{response.status}: {response.url}")
+
+    page.on("console", of_console)
     page.on("pageerror", lambda error: page.faults.append(f"script: {error}"))
-    page.on("response", lambda response: page.faults.append(f"{response.status}: {response.url}") if response.status >= 400 else None)
+    page.on("response", of_response)
     try: yield page
     finally: context.close()
 

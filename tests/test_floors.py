@@ -1,13 +1,16 @@
 "The house: folders are floors, imports only point down, and no floor loads what it must not know."
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "bgrpo_nb"
-FLOORS = ["base", "algebra", "search", "policy", "learn", "solve", "recipes", "study", "show", "cli", "__main__"]
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO / "nbs" / "_build"))
+import house
+
+PACKAGE = REPO / "bgrpo_nb"
+FLOORS = [*house.FOLDERS, "__main__"]
 UNKNOWN = { # what a floor knows nothing of
     "algebra": {"torch", "transformers", "trl"},
     "search": {"trl", "bgrpo_nb.algebra"},
@@ -21,22 +24,9 @@ MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name
 INITS = sorted(p for p in PACKAGE.glob("*/__init__.py"))
 
 
-def absolute(node, module):
-    "The dotted name that a `from ... import` starts at"
-    if not node.level: return node.module or ""
-    package = ["bgrpo_nb", *module.parts[:-1]]
-    return ".".join([*package[:len(package) - node.level + 1], *filter(None, [node.module])])
-
-
 def imported(module):
     "Every dotted name that a module imports, at whatever depth of its code"
-    names = set()
-    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
-        if isinstance(node, ast.Import): names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = absolute(node, module)
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-    return names
+    return house.imported(PACKAGE / module)
 
 
 def floor_of(module): return module.parts[0].removesuffix(".py")

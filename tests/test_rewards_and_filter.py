@@ -1,9 +1,6 @@
 "From verdicts to rewards, from searches to what is kept, from completions to figures: each against its definition, spelled out slowly."
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -100,7 +97,9 @@ def test_equivalent_completions_have_one_key():
 def test_the_reward_function_judges_once_and_tells_why():
     texts = {0: "^ a P 2", 1: "a", 2: None, 3: "* P 2 ^ a P 2", 4: "+ a ^ a P 2"}
     calls = []
-    def decode(rows): calls.append(rows); return [texts[row[0]] for row in rows]
+    def decode(rows):
+        calls.append(rows)
+        return [texts[row[0]] for row in rows]
     f, seen = "+ P 1 * P 2 ^ a P 4 ⁇", {}
     log = dict(log_metric=lambda k, v: seen.update({k: v}), log_extra=lambda k, v: seen.update({k: v}))
     pay = decomposition_reward(decode, "rank")

@@ -1,9 +1,9 @@
 """The site, without Quarto.   build_site.py [--out _docs]
 
-nbdev processes the notebooks as for Quarto, `stage` puts what it made into MyST's words, Sphinx builds the pages from that. Title and navigation
-are those of `_quarto.yml`. A warning, a link that leads nowhere or a request to another host ends the build with a message."""
+nbdev processes the notebooks as for Quarto, `Stage` translates what it made from Quarto's markup to MyST's, Sphinx
+builds the pages. Title and navigation are those of `_quarto.yml`; pages of the API are made from the modules' source.
+A warning, a link that leads nowhere or a request to another host ends the build with a message."""
 import argparse
-import ast
 import json
 import os
 import re
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from functools import cache
+from functools import cache, cached_property
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
@@ -22,15 +22,23 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import yaml
 
-REPO = Path(__file__).resolve().parents[2]
+import house
+from reference import (Reference, chapter_number, entry, find_node, heading, hidden_toctree, module_line, outside_code,
+                       slug, source_parts)
+
+REPO = house.REPO
 WORK = REPO / "build" / "site"               # staged pages and fetched scripts
 PACKAGES = {                                 # npm package -> version, file -> name in the site
     "mathjax": ("3.2.2", "package/es5/tex-svg.js", "mathjax.js"),
     "mermaid": ("11.17.2", "package/dist/mermaid.min.js", "mermaid.js"),
     "@jupyter-widgets/html-manager": ("1.0.15", "package/dist/embed.js", "widgets.js"),
 }
-CALLOUTS = {"note": "note", "tip": "tip", "important": "important", "warning": "warning", "caution": "caution"}
+CALLOUTS = ("note", "tip", "important", "warning", "caution")
 WIDGET, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
+EXPORTED = '#| code-summary: "Exported source"'      # nbdev's mark on a cell with `#| exports`
+CALLOUT = re.compile(r"^::: *\{\.callout-(\w+)(?:[^}]*title=\"([^\"]*)\")?[^}]*\}\n(?:## (.*)\n)?(.*?)^:::$",
+                     flags=re.MULTILINE | re.DOTALL)
+IMAGES = (".svg", ".png", ".jpg", ".gif")
 
 
 def fail(message): sys.exit(f"site: {message}")
@@ -46,15 +54,21 @@ def read_quarto():
 def sections(contents):
     "(caption, [notebook, ...]) for each section of a sidebar; entries outside of any have the caption ''"
     found = []
-    for entry in contents:
-        if isinstance(entry, dict) and "section" in entry:
-            inner = [entry["href"]] if "href" in entry else []
-            found.append((entry["section"], inner + [p for _, pages in sections(entry.get("contents", [])) for p in pages]))
+    for item in contents:
+        if isinstance(item, dict) and "section" in item:
+            pages = [item["href"]] if "href" in item else []
+            for _, inner in sections(item.get("contents", [])): pages += inner
+            found.append((item["section"], pages))
         else:
-            page = entry if isinstance(entry, str) else entry["href"]
+            page = item if isinstance(item, str) else item["href"]
             if found and not found[-1][0]: found[-1][1].append(page)
             else: found.append(("", [page]))
     return found
+
+
+def numbered(title, number):
+    "A title with its chapter's number before it, once"
+    return f"{number} {title}" if number and not title.startswith(f"{number} ") else title
 
 
 # nbdev's half
@@ -68,64 +82,37 @@ def process():
     return Path(proc_nbs(n_workers=0, force=True))
 
 
-# API: what stands in the source
+# Notebooks on their way to pages
 
-@cache
-def module(name):
-    "Lines and tree of a module of the library"
-    text = (REPO / "bgrpo_nb" / f"{name}.py").read_text()
-    return text.splitlines(), ast.parse(text)
+def documented_name(cell):
+    "What a `show_doc` cell shows"
+    return re.search(r"^show_doc\(([\w.]+)", "".join(cell["source"]), re.MULTILINE).group(1)
 
 
-def find_node(name, dotted):
-    "The definition of `f`, `Class` or `Class.method` (also where it is patched in) in a module, or None"
-    owner, _, attribute = dotted.rpartition(".")
-    nodes = module(name)[1].body
-    if not owner: return next((n for n in nodes if getattr(n, "name", None) == attribute), None)
-    inside = [n for c in nodes if getattr(c, "name", None) == owner for n in c.body]
-    patched = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.args.args and owner in ast.unparse(n.args.args[0].annotation or n)]
-    return next((n for n in inside + patched if getattr(n, "name", None) == attribute), None)
+def is_show_doc(cell):
+    if cell["cell_type"] != "code": return False
+    return bool(cell.get("has_sd")) or "".join(cell["source"]).rstrip().split("\n")[-1].startswith("show_doc(")
 
 
-def header(name, node):
-    "A signature as it was written, with what its comments say of shapes and units"
-    lines = module(name)[0]
-    if isinstance(node, ast.ClassDef):
-        fields = [i for n in node.body if isinstance(n, ast.AnnAssign) for i in range(n.lineno - 1, n.end_lineno)]
-        init = next((n for n in node.body if getattr(n, "name", "") == "__init__"), None)
-        bases = ", ".join(map(ast.unparse, [*node.bases, *node.keywords]))
-        first = f"class {node.name}({bases}):" if bases else f"class {node.name}:"
-        if fields: return "\n".join([first, *(lines[i] for i in fields)])
-        return first if init is None else first + "\n" + header(name, init)
-    start, end = node.lineno - 1, node.body[0].lineno - 1
-    if start == end: return ast.unparse(node).split(":\n")[0] + ":"
-    return "\n".join(lines[start:end])
+def is_exported(cell):
+    "Is the cell's code part of the library and of the page (`#| exports`)?"
+    return cell["cell_type"] == "code" and EXPORTED in "".join(cell["source"])
 
 
-def api(markdown, page):
-    "show_doc's markdown with the signature as it was written and a link to the module's source"
-    dotted = re.search(r"^#+ (.+)$", markdown, re.MULTILINE).group(1).replace("\\", "").strip()
-    node = find_node(page.name, dotted) if page.module else None
-    if node is None: return re.sub(r"^---\n|^\[source\].*\n", "", markdown, flags=re.MULTILINE)
-    prose = re.sub(r"\A.*?^```python\n.*?^```", "", markdown, flags=re.DOTALL | re.MULTILINE)
-    escaped = dotted.replace("_", "\\_")
-    level = "###" if page.has_h2 else "##"
-    line = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    where = f'<a class="source" href="{page.up}source/{page.name}.html#L{line}">source</a>'
-    return f"{level} {escaped}\n\n{where}\n\n```python\n{header(page.name, node)}\n```\n\n{prose.strip()}"
+def is_image(output): return any(mime.startswith("image/") for mime in output.get("data", ()))
 
 
-def source_page(name, target):
-    "A module's whole source, every line with an anchor"
-    from pygments import highlight
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import PythonLexer
-    html = highlight("\n".join(module(name)[0]), PythonLexer(), HtmlFormatter(cssclass="highlight module", anchorlinenos=True, linenos="inline", lineanchors="L"))
-    html = html.replace("L-", "L")
-    (target / f"{name}.md").write_text(f"---\norphan: true\n---\n\n# bgrpo_nb.{name}: source\n\n```{{raw}} html\n{html}\n```\n")
+def options_and_code(cell):
+    "(Quarto's options, the code below them) of a code cell"
+    lines = "".join(cell["source"]).splitlines()
+    options = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("#|"))) or {}
+    return options, "\n".join(line for line in lines if not line.startswith("#|")).strip()
 
 
-# Quarto's words -> MyST's
+def names_in(cell):
+    "Public names that an exported cell defines"
+    return [name for name, _ in source_parts(options_and_code(cell)[1]) if name]
+
 
 class Page:
     "A notebook on its way to a page"
@@ -136,29 +123,57 @@ class Page:
         self.front = yaml.safe_load("".join(raw["source"]).strip().strip("-")) if raw else {}
         self.nb["cells"] = [c for c in self.nb["cells"] if c is not raw]
         self.name = Path(self.front.get("output-file", self.path.name)).stem
-        self.target = str(self.path.parent / f"{self.name}.ipynb") if str(self.path.parent) != "." else f"{self.name}.ipynb"
+        self.target = str(self.path.with_name(f"{self.name}.ipynb"))
         self.up = "../" * (len(self.path.parts) - 1)
-        self.module = self.path.parent == PurePosixPath(".") and (REPO / "bgrpo_nb" / f"{self.name}.py").exists()
-        self.has_h2, self.names = False, set()
-        for c in self.nb["cells"]:
-            if c.get("has_sd"): self.names |= {n.lower() for n in re.findall(r"^show_doc\(([\w.]+)", "".join(c["source"]), re.MULTILINE)}
+        self.title = numbered(self.front["title"], chapter_number(self.path.name))
+        self.module = exported_modules().get(f"nbs/{self.path}")
+        self.has_h2 = False
+        self.names = {documented_name(c).lower() for c in self.nb["cells"] if c.get("has_sd")}
+
+    @property
+    def level(self): return 3 if self.has_h2 else 2     # of the headings of names
+
+    @cached_property
+    def widgets(self): return self.nb["metadata"].get("widgets", {}).get(STATE, {}).get("state", {})
+
+    def node(self, dotted):
+        "The definition of a name in the page's module, or None"
+        return find_node(self.module, dotted) if self.module and dotted else None
+
+    def in_source_order(self):
+        "The cells, neighbouring `show_doc` cells in the order of the source: nbdev reverses those of one cell"
+        def line(cell): return getattr(self.node(documented_name(cell)), "lineno", 0)
+        ordered, run = [], []
+        for cell in self.nb["cells"]:
+            if cell.get("has_sd"): run.append(cell)
+            else:
+                ordered += [*sorted(run, key=line), cell]
+                run = []
+        return ordered + sorted(run, key=line)
 
 
-def outside_code(text, change):
-    "Apply `change` to what is not in a fence"
-    parts = re.split(r"(^ *(`{3,}|~{3,}).*?^ *\2 *$)", text, flags=re.MULTILINE | re.DOTALL)
-    return "".join(change(part) if i % 3 == 0 else part for i, part in enumerate(parts) if i % 3 != 2)
+@cache
+def exported_modules():
+    "notebook -> the module that is exported from it"
+    return {module.notebook: module for module in house.modules().values() if module.notebook}
 
+
+# Quarto's markup -> MyST's
 
 class Stage:
-    "All pages, so that each knows where the others stand"
+    "All pages, so that each can link to the others"
     def __init__(self, root):
         self.root = root
-        self.pages = {str(p.path): p for f in sorted(root.rglob("*.ipynb")) if not f.name.startswith(".") for p in [Page(f, root)]}
-        self.by_name = {p.name: p for p in self.pages.values() if p.module}
+        files = [f for f in sorted(root.rglob("*.ipynb")) if not f.name.startswith(".")]
+        self.pages = {str(page.path): page for page in (Page(f, root) for f in files)}
+        self.by_name = {page.name: page for page in self.pages.values() if page.module}
         self.short = {str(p.path.with_suffix("")): p for p in self.pages.values() if p.path.stem != "index"}
+        self.reference = Reference(self)
 
-    def to(self, page, target, anchor=""): # a link from one staged page to another
+    # Links
+
+    def to(self, page, target, anchor=""):
+        "A link from one staged page to another"
         return relpath(target.target, str(PurePosixPath(page.target).parent)) + (f"#{anchor}" if anchor else "")
 
     def name_link(self, page, match):
@@ -166,7 +181,7 @@ class Stage:
         text, name, anchor = match.groups()
         target = self.by_name.get(name)
         if target is None or anchor not in target.names or (name == "cli" and page is not target): return text
-        return f"[{text}]({self.to(page, target, anchor.replace('.', ''))})"
+        return f"[{text}]({self.to(page, target, slug(anchor))})"
 
     def file_link(self, page, match):
         "A link to a notebook leads to its page; one to a file that is no part of the site is an error"
@@ -175,146 +190,214 @@ class Stage:
         if parts.scheme or url.startswith("#") or not parts.path: return match.group(0)
         path = normpath(str(page.path.parent / unquote(parts.path)))
         if path in self.pages: return f"{bang}[{text}]({self.to(page, self.pages[path], parts.fragment)})"
-        if (self.root / path).is_file() and not path.startswith(".."): return match.group(0)
-        if re.search(r"\.html$", parts.path) or path in {p.target for p in self.pages.values()}: return match.group(0)
-        fail(f"nbs/{page.path} links to {url}, which is no page and no file under nbs; link to a notebook, or name the file in backticks")
+        if (self.root / path).is_file() and not path.startswith(".."): return match.group(0) + self.narrow(path, match)
+        if parts.path.endswith(".html") or path in {p.target for p in self.pages.values()}: return match.group(0)
+        fail(f"nbs/{page.path} links to {url}, which is no page and no file under nbs; "
+             "link to a notebook, or name the file in backticks")
+
+    def narrow(self, path, match):
+        "The variant of an image for phones (`x.narrow.svg` beside `x.svg`), if any; the style shows one"
+        bang, text, url = match.groups()
+        name, suffix = os.path.splitext(url)
+        has_one = bang and (self.root / PurePosixPath(path).with_suffix(f".narrow{suffix}")).is_file()
+        return f"![{text}]({name}.narrow{suffix})" if has_one else ""
+
+    def word_link(self, page, match):
+        "A word in backticks that is a chapter's file, a module, or a name that no notebook exports"
+        word = match.group(1)
+        if word in self.short: target, anchor = self.short[word], ""
+        else: target, anchor = self.reference.find(word)
+        if target is None or (target.target == page.target and not anchor): return match.group(0)
+        return f"[`{word}`]({self.to(page, target, anchor)})"
+
+    # Markdown
 
     def prose(self, page, text):
         "Markdown outside of fences"
-        text = re.sub(r"^#\| *export\b.*\n", "", text, flags=re.MULTILINE)
-        text = re.sub(r"^<!-- WARNING: THIS FILE WAS AUTOGENERATED.*-->$", "", text, flags=re.MULTILINE)
+        text = re.sub(r"^<!-- .*? -->$", "", text, flags=re.MULTILINE)
         text = re.sub(r"(\]\([^()\s]*\))\{[^}]*\}", r"\1", text)
         text = re.sub(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(((?!/)[^()\s]+)\)", lambda m: self.file_link(page, m), text)
         text = re.sub(r"\[(`[^`]+`)\]\(/(\w+)\.html#([\w.]+)\)", lambda m: self.name_link(page, m), text)
-        text = re.sub(r"(?<![\[`\w])`((?:tutorials/|experiments/)?\w+)`(?![\]`])", lambda m: f"[{m.group(0)}]({self.to(page, self.short[m.group(1)])})"
-                      if m.group(1) in self.short and self.short[m.group(1)] is not page else m.group(0), text)
-        return text
+        return re.sub(r"(?<![\[`\w])`([\w./]+(?:\(\))?)`(?![\]`])", lambda m: self.word_link(page, m), text)
 
     def markdown(self, page, text):
         "A markdown cell"
-        text = re.sub(r"^::: *\{\.callout-(\w+)(?:[^}]*title=\"([^\"]*)\")?[^}]*\}\n(?:## (.*)\n)?(.*?)^:::$", callout, text, flags=re.MULTILINE | re.DOTALL)
-        text = re.sub(r"^```\{?mermaid\}?\n(.*?)^```$", lambda m: f'```{{raw}} html\n<pre class="mermaid">\n{escape(m.group(1))}</pre>\n```', text,
-                      flags=re.MULTILINE | re.DOTALL)
+        text = CALLOUT.sub(callout, text)
+        text = re.sub(r"^```\{?mermaid\}?\n(.*?)^```$", mermaid, text, flags=re.MULTILINE | re.DOTALL)
         return outside_code(text, lambda part: self.prose(page, part))
 
+    # Code
+
+    def documentation(self, page, cell):
+        "show_doc's markdown with the signature as it was written and a link to the module's source"
+        markdown = "\n".join("".join(output["data"]["text/markdown"]) for output in cell["outputs"])
+        dotted = documented_name(cell)
+        node = page.node(dotted)
+        if node is None: return re.sub(r"^---\n|^\[source\].*\n", "", markdown, flags=re.MULTILINE)
+        prose = re.sub(r"\A.*?^```python\n.*?^```", "", markdown, flags=re.DOTALL | re.MULTILINE).strip()
+        prose = re.sub(r"\A\*([^\n]+)\*$", r"\1", prose, flags=re.MULTILINE)   # upright, as all prose
+        return entry(page.level, page.module, dotted, node, page.up, prose)
+
+    def exported(self, page, cell):
+        "A cell whose code is part of the page: each definition under its name"
+        for i, (dotted, piece) in enumerate(source_parts(options_and_code(cell)[1])):
+            node = page.node(dotted)
+            if node is not None:
+                above = heading(page.level, page.module, dotted, node, page.up)
+                yield nbformat.v4.new_markdown_cell(above, id=f"{cell['id']}-name{i}")
+            yield nbformat.v4.new_code_cell(piece, id=f"{cell['id']}-code{i}", metadata={"tags": ["exported"]})
+
     def code(self, page, cell):
-        "A code cell: Quarto's options become MyST-NB's; a captioned figure stands alone, below what else its cell put out"
-        lines = "".join(cell["source"]).splitlines()
-        options = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("#|"))) or {} if any(line.startswith("#|") for line in lines) else {}
-        source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
+        "A code cell: Quarto's options become MyST-NB's; a captioned figure follows the cell's other output"
+        options, source = options_and_code(cell)
         off = {key for key, value in options.items() if value is False or str(value).lower() == "false"}
         if "include" in off or not (source or cell["outputs"]): return
-        tags = [t for option, t in (("echo", "remove-input"), ("output", "remove-output")) if option in off]
+        tags = [tag for option, tag in (("echo", "remove-input"), ("output", "remove-output")) if option in off]
         if str(options.get("code-fold", "")).lower() == "true": tags.append("hide-input")
         outputs = [o for o in (self.output(page, o) for o in cell["outputs"]) if o]
-        figures = [o for o in outputs if "fig-cap" in options and any(mime.startswith("image/") for mime in o.get("data", ()))]
+        figures = [o for o in outputs if "fig-cap" in options and is_image(o)]
         rest = [o for o in outputs if o not in figures]
-        if source or rest: yield nbformat.v4.new_code_cell(source, id=cell["id"], metadata={"tags": tags}, outputs=rest)
+        if source or rest:
+            yield nbformat.v4.new_code_cell(source, id=cell["id"], metadata={"tags": tags}, outputs=rest)
         for i, figure in enumerate(figures):
-            caption, label = options["fig-cap"], options.get("label")
-            shown = {"figure": {"caption": self.prose(page, caption), **({"name": f"{page.name}-{label}"} if label and not i else {})},
-                     "image": {"alt": options.get("fig-alt") or re.sub(r"[`*$]", "", caption)}}
-            yield nbformat.v4.new_code_cell("# its figure", id=f"{cell['id']}-figure{i or ''}", metadata={"tags": [*tags, "remove-input"], "mystnb": shown}, outputs=[figure])
+            metadata = {"tags": [*tags, "remove-input"], "mystnb": self.caption(page, options, first=i == 0)}
+            name = f"{cell['id']}-figure{i or ''}"
+            yield nbformat.v4.new_code_cell("# its figure", id=name, metadata=metadata, outputs=[figure])
+
+    def caption(self, page, options, first): # is it the first figure of its cell?
+        "MyST-NB's settings of a figure: caption, label, text for those who do not see it"
+        caption, label = options["fig-cap"], options.get("label")
+        figure = {"caption": self.prose(page, caption)}
+        if label and first: figure["name"] = f"{page.name}-{label}"
+        return {"figure": figure, "image": {"alt": options.get("fig-alt") or re.sub(r"[`*$]", "", caption)}}
 
     def output(self, page, output):
         "An output; a widget keeps what is stored of it, a figure first"
         output = nbformat.from_dict(output)
-        for key in ("text",):
-            if isinstance(output.get(key), list): output[key] = "".join(output[key])
+        if isinstance(output.get("text"), list): output["text"] = "".join(output["text"])
         if "data" not in output: return output
         data = {mime: "".join(v) if isinstance(v, list) else v for mime, v in output["data"].items()}
-        if WIDGET in data:
-            known = self.state(page)
-            if data[WIDGET].get("model_id") in known: data = {WIDGET: data[WIDGET]}
-            else:
-                data.pop(WIDGET)
-                if set(data) == {"text/plain"}: data = {"text/markdown": ":::{note}\nA widget stands here in a running notebook; `make lab` opens it.\n:::"}
+        if WIDGET in data: data = self.widget(page, data)
         if "text/markdown" in data: data["text/markdown"] = self.markdown(page, data["text/markdown"])
         output["data"] = data
         return output
 
-    def state(self, page): return page.nb["metadata"].get("widgets", {}).get(STATE, {}).get("state", {})
+    def widget(self, page, data):
+        "A widget's output: alive where its state is stored, else what is stored beside it, else a word about it"
+        if data[WIDGET].get("model_id") in page.widgets: return {WIDGET: data[WIDGET]}
+        beside = {mime: value for mime, value in data.items() if mime != WIDGET}
+        if set(beside) != {"text/plain"}: return beside
+        return {"text/markdown": ":::{note}\nA running notebook has a widget here; `make lab` opens it.\n:::"}
+
+    # Pages
+
+    def title(self, page):
+        "The cell at a page's top: title, lead, the module and its source"
+        lead = page.front.get("description", "")
+        if lead and "`" not in lead: lead = f"*{lead}*"
+        line = module_line(page.module, page.up) if page.module else ""
+        return nbformat.v4.new_markdown_cell(f"# {page.title}\n\n{self.prose(page, lead)}\n\n{line}", id="title")
 
     def cells(self, page):
         "The page's cells, its title first"
-        lead = page.front.get("description", "")
-        link = f'<p class="module"><code>bgrpo_nb.{page.name}</code> · <a href="{page.up}source/{page.name}.html">source</a></p>' if page.module else ""
-        yield nbformat.v4.new_markdown_cell(f"# {page.front['title']}\n\n" + (f"*{lead}*\n\n" if lead and "`" not in lead else f"{lead}\n\n") + link, id="title")
-        for cell in page.nb["cells"]:
+        yield self.title(page)
+        shown_as_code = {name for cell in page.nb["cells"] if is_exported(cell) for name in names_in(cell)}
+        for cell in page.in_source_order():
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
                 page.has_h2 = page.has_h2 or re.search(r"^## ", text, re.MULTILINE) is not None
-                if (text := self.markdown(page, text)).strip(): yield nbformat.v4.new_markdown_cell(text, id=cell["id"])
-            elif cell.get("has_sd") or text.rstrip().split("\n")[-1].startswith("show_doc("):
-                for output in cell["outputs"]:
-                    yield nbformat.v4.new_markdown_cell(self.markdown(page, api("".join(output["data"]["text/markdown"]), page)), id=cell["id"])
+                text = self.markdown(page, text)
+                if text.strip(): yield nbformat.v4.new_markdown_cell(text, id=cell["id"])
+            elif is_show_doc(cell):
+                if cell.get("has_sd") and documented_name(cell) in shown_as_code: continue
+                text = self.markdown(page, self.documentation(page, cell))
+                yield nbformat.v4.new_markdown_cell(text, id=cell["id"])
+            elif is_exported(cell): yield from self.exported(page, cell)
             else: yield from self.code(page, cell)
 
-    def write(self, target):
-        "Every page, the images, and the sources of the modules"
-        website = read_quarto()
-        shown = sections(website["sidebar"]["contents"])
+    def navigation(self):
+        "(caption, [page, ...]) of each section; what _quarto.yml lists and what there is must be the same"
+        shown = sections(read_quarto()["sidebar"]["contents"])
         listed = [name for _, names in shown for name in names]
-        if missing := [n for n in listed if n not in self.pages]: fail(f"_quarto.yml lists {', '.join(missing)}, which is not under nbs")
-        if unlisted := sorted(set(self.pages) - set(listed)): fail(f"in no section of _quarto.yml: {', '.join(unlisted)}; add a line for each")
+        missing = [name for name in listed if name not in self.pages]
+        unlisted = sorted(set(self.pages) - set(listed))
+        if missing: fail(f"_quarto.yml lists {', '.join(missing)}, which is not under nbs")
+        if unlisted: fail(f"in no section of _quarto.yml: {', '.join(unlisted)}; add a line for each")
+        return [(caption, [self.pages[name] for name in names]) for caption, names in shown]
+
+    def write(self, target):
+        "Every page, the images, and the reference"
+        navigation = self.navigation()
         for page in self.pages.values():
             cells = list(self.cells(page))
-            if str(page.path) == "index.ipynb": cells += [toctree(caption, [self.pages[n].target for n in names if n != "index.ipynb"]) for caption, names in shown]
-            metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python"}}
-            if self.state(page): metadata["widgets"] = page.nb["metadata"]["widgets"]
-            nb = nbformat.v4.new_notebook(cells=[c for c in cells if c], metadata=metadata)
-            path = target / page.target
-            path.parent.mkdir(parents=True, exist_ok=True)
-            nbformat.write(nb, path)
+            if str(page.path) == "index.ipynb":
+                for caption, pages in navigation:
+                    names = [other.target.removesuffix(".ipynb") for other in pages if other is not page]
+                    if names: cells.append(nbformat.v4.new_markdown_cell(hidden_toctree(names, caption)))
+                cells.append(nbformat.v4.new_markdown_cell(hidden_toctree(self.reference.targets(), "API")))
+            write_notebook(target / page.target, cells, page)
         for file in self.root.rglob("*"):
-            if file.suffix in (".svg", ".png", ".jpg", ".gif"):
-                path = target / file.relative_to(self.root)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, path)
-        (target / "source").mkdir()
-        for file in sorted((REPO / "bgrpo_nb").glob("[!_]*.py")): source_page(file.stem, target / "source")
+            if file.suffix not in IMAGES: continue
+            path = target / file.relative_to(self.root)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, path)
+        self.reference.write(target)
 
 
 def callout(match):
-    kind, titled, heading, body = match.groups()
-    title = titled or heading
-    if title: return f"::::{{admonition}} {title}\n:class: {CALLOUTS.get(kind, 'note')}\n\n{body.strip()}\n::::"
-    return f"::::{{{CALLOUTS.get(kind, 'note')}}}\n{body.strip()}\n::::"
+    kind, titled, above, body = match.groups()
+    kind, title = kind if kind in CALLOUTS else "note", titled or above
+    if title: return f"::::{{admonition}} {title}\n:class: {kind}\n\n{body.strip()}\n::::"
+    return f"::::{{{kind}}}\n{body.strip()}\n::::"
 
 
-def toctree(caption, targets):
-    if not targets: return None
-    lines = ["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "", *(t.removesuffix(".ipynb") for t in targets), "```"]
-    return nbformat.v4.new_markdown_cell("\n".join(lines))
+def mermaid(match): return f'```{{raw}} html\n<pre class="mermaid">\n{escape(match.group(1))}</pre>\n```'
+
+
+def write_notebook(path, cells, page):
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    if page.widgets: metadata["widgets"] = page.nb["metadata"]["widgets"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
 
 
 # Scripts
 
 def vendor(wanted, target):
-    "Scripts that pages need, from npm's packages; fetched once and kept under build/site/js"
-    kept = WORK / "js"
-    kept.mkdir(parents=True, exist_ok=True)
+    "Scripts that pages need, from npm's packages; fetched once and cached under build/site/js"
+    cache = WORK / "js"
+    cache.mkdir(parents=True, exist_ok=True)
     for package in wanted:
         version, inside, name = PACKAGES[package]
-        file = kept / f"{version}-{name}"
-        if not file.exists():
-            if not shutil.which("npm"):
-                fail(f"npm is not on PATH; pages need {package}@{version} from it, once. Install Node.js with npm (Debian: apt-get install npm), and run this again")
-            with tempfile.TemporaryDirectory() as folder:
-                done = subprocess.run(["npm", "pack", "--silent", f"{package}@{version}"], cwd=folder, capture_output=True, text=True)
-                if done.returncode: fail(f"`npm pack {package}@{version}` failed; is the registry in reach?\n{done.stderr.strip()}")
-                with tarfile.open(next(Path(folder).glob("*.tgz"))) as tar: data = tar.extractfile(inside).read()
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_bytes(data)
-            part.rename(file)
+        file = cache / f"{version}-{name}"
+        if not file.exists(): fetch(package, version, inside, file)
         shutil.copy(file, target / name)
+
+
+def fetch(package, version, inside, file):
+    "One file of an npm package"
+    if not shutil.which("npm"):
+        fail(f"npm is not on PATH; pages need {package}@{version} from it, once. "
+             "Install Node.js with npm (Debian: apt-get install npm), and run this again")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["npm", "pack", "--silent", f"{package}@{version}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode: fail(f"`{' '.join(command)}` failed; can the registry be reached?\n{done.stderr.strip()}")
+        with tarfile.open(next(Path(folder).glob("*.tgz"))) as tar: data = tar.extractfile(inside).read()
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_bytes(data)
+    part.rename(file)
 
 
 def scripts_of(folder):
     "npm packages that staged pages need"
-    texts = [f.read_text() for f in folder.rglob("*.ipynb")]
-    needs = {"mathjax": any(re.search(r"\$|text/latex", t) for t in texts), "mermaid": any('class=\\"mermaid\\"' in t for t in texts),
-             "@jupyter-widgets/html-manager": any(WIDGET in t for t in texts)}
+    texts = [f.read_text() for f in [*folder.rglob("*.ipynb"), *(folder / "api").rglob("*.md")]]
+    needs = {
+        "mathjax": any(re.search(r"\$|text/latex", text) for text in texts),
+        "mermaid": any('class=\\"mermaid\\"' in text for text in texts),
+        "@jupyter-widgets/html-manager": any(WIDGET in text for text in texts),
+    }
     return [package for package, needed in needs.items() if needed]
 
 
@@ -323,14 +406,15 @@ def scripts_of(folder):
 def finish(staged, out):
     "Staged pages, with style and scripts, -> HTML; a warning is an error"
     from sphinx.cmd.build import build_main
-    (staged / "_static").mkdir()
-    shutil.copy(REPO / "nbs" / "styles.css", staged / "_static")
-    vendor(scripts_of(staged), staged / "_static")
+    static = staged / "_static"
+    static.mkdir()
+    shutil.copy(REPO / "nbs" / "styles.css", static)
+    vendor(scripts_of(staged), static)
     shutil.rmtree(out, ignore_errors=True)
-    options = ["-q", "-W", "--keep-going", "-c", Path(__file__).parent, "-d", staged / ".doctrees", "-D", f"html_static_path={staged / '_static'}"]
-    failed = build_main([str(o) for o in [*options, staged, out]])
-    shutil.rmtree(Path(out).parent / "jupyter_execute", ignore_errors=True)   # myst-nb's copies of the outputs, beside the site
-    if failed: fail("Sphinx warned (see above); the notebook named there has to be mended")
+    settings = ["-c", Path(__file__).parent, "-d", staged / ".doctrees", "-D", f"html_static_path={static}"]
+    failed = build_main([str(o) for o in ["-q", "-W", "--keep-going", *settings, staged, out]])
+    shutil.rmtree(Path(out).parent / "jupyter_execute", ignore_errors=True)   # myst-nb's copies of the outputs
+    if failed: fail("Sphinx warned (see above); correct the notebook or module that it names")
 
 
 class Tags(HTMLParser):
@@ -353,15 +437,22 @@ def check(out):
     pages = {p: Tags(p.read_text()) for p in sorted(out.rglob("*.html")) if "_static" not in p.parts}
     faults = []
     for page, tags in pages.items():
-        def fault(message): faults.append(f"{page.relative_to(out)}: {message}")
         for tag, url in dict.fromkeys(tags.urls):
-            parts = urlsplit(url)
-            if parts.netloc and tag != "a": fault(f"{tag} is fetched from {url}")
-            if parts.netloc or parts.scheme: continue
-            target = page.parent.joinpath(unquote(parts.path)).resolve() if parts.path else page
-            if not target.exists(): fault(f"{url} leads nowhere")
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors: fault(f"{url} has no such anchor")
+            message = fault_of(page, tag, url, pages)
+            if message: faults.append(f"{page.relative_to(out)}: {message}")
     return faults
+
+
+def fault_of(page, tag, url, pages):
+    "What is wrong with a link of a page, or None"
+    parts = urlsplit(url)
+    if parts.netloc and tag != "a": return f"{tag} is fetched from {url}"
+    if parts.netloc or parts.scheme: return None
+    target = page.parent.joinpath(unquote(parts.path)).resolve() if parts.path else page
+    if not target.exists(): return f"{url} leads nowhere"
+    anchor = unquote(parts.fragment)
+    if anchor and target in pages and anchor not in pages[target].anchors: return f"{url} has no such anchor"
+    return None
 
 
 def main():
@@ -375,7 +466,7 @@ def main():
         Stage(process()).write(staged)
         finish(staged, out)
     finally: shutil.rmtree(staged, ignore_errors=True)
-    if faults := check(out): fail("\n".join(["links to mend:", *faults]))
+    if faults := check(out): fail("\n".join(["links to correct:", *faults]))
     print(f"{len(list(out.rglob('*.html')))} pages in {out}")
 
 
