@@ -285,8 +285,8 @@ def _unpaired_note(self: RunTable, metric: str, arm: str, values, n_pairs: int) 
     "How many finished runs have no partner"
     done = self.finished(metric)
     points = done[done[arm].isin(values)].drop_duplicates([*self.parameters, "seed"])
-    alone = len(points) - 2 * n_pairs
-    return [f"{alone} finished runs have no partner and are left out."] if alone else []
+    alone, names = len(points) - 2 * n_pairs, " − ".join(map(str, values))
+    return [f"{names}: {alone} finished runs have no partner and are left out."] if alone else []
 
 @patch
 def difference(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, treatment=None,
@@ -298,8 +298,9 @@ def difference(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=No
     treatments, baseline = self.arms(arm, baseline, metric)
     treatment = self._choose_treatment(treatments, treatment, arm)
     notes = self.notes(arm, metric)
-    if unit != "runs": notes += self._unpaired_note(metric, arm, [treatment, baseline],
-                                                    len(self.pairs(metric, arm, baseline, treatment)))
+    if unit != "runs":
+        n_pairs = len(self.pairs(metric, arm, baseline, treatment))
+        notes += self._unpaired_note(metric, arm, [treatment, baseline], n_pairs)
     data = self.samples(metric, arm, [treatment, baseline], unit)
     p, smallest = _test(data, unit, seed)
     parts = tuple(data) if unit == "runs" else (data[:, 0] - data[:, 1],)
