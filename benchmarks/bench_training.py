@@ -1,7 +1,8 @@
-"""Gradients over the group's trie against full rows, and a whole optimizer step against stock `GRPOTrainer` with beams by `generate`.
+"""Gradients over the group's trie against full rows, and a whole optimizer step against stock `GRPOTrainer`.
 
-6 layers x 512, prompts of degree 4 of 4 (the recorded one has 220 tokens), 40 new tokens, 25 beams, fp32 on a CPU. Ratios are of two things timed in one run;
-peak memory is that of a process which does one of the two alone.
+6 layers x 512, prompts of degree 4 of 4 (the recorded one has 220 tokens), 40 new tokens, 25 beams, fp32 on a CPU.
+The beams of the stock trainer come from `generate`. Ratios are of two things timed in one run; peak memory is that of a
+process that does one of the two alone.
 
     python benchmarks/bench_training.py [--quick]      # quick: 4 prompts a step instead of 20"""
 import json
@@ -16,7 +17,8 @@ import torch
 from _record import peak_gib, record
 
 K, C = 25, 40
-FRUGAL = dict(prompts_at_once=8, trie_elements=2**22, torch_empty_cache_steps=1) # ours is timed as it needs little memory, which costs some of its speed
+# ours is timed with the settings that save memory, which cost some of its speed
+FRUGAL = dict(prompts_at_once=8, trie_elements=2**22, torch_empty_cache_steps=1)
 
 
 def build(position="rotary"):
@@ -38,21 +40,27 @@ def logps_and_gradients():
         mask = torch.ones_like(ids)
 
         def trie(): return trie_logps(model, ids, mask, C)[0]
-        def rows(): return model(input_ids=ids, attention_mask=mask, logits_to_keep=C + 1).logits[:, :-1].log_softmax(-1).gather(2, ids[:, -C:, None])[..., 0]
+        def rows():
+            logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=C + 1).logits
+            return logits[:, :-1].log_softmax(-1).gather(2, ids[:, -C:, None])[..., 0]
+
         def timed(f):
             model.zero_grad()
             start = time.perf_counter()
             logps = f()
             logps.sum().backward()
-            return time.perf_counter() - start, logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            seconds = time.perf_counter() - start
+            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            return seconds, logps.detach(), torch.cat(gradients)
 
         (_, a, ga), (_, b, gb) = timed(trie), timed(rows)
         assert (a - b).abs().max() < 1e-4 and (ga - gb).norm() / gb.norm() < 1e-4, "the two forms differ"
         times = [(timed(trie)[0], timed(rows)[0]) for _ in range(3)]
         fast, slow = (statistics.median(t) for t in zip(*times))
-        found[f"log-probabilities with gradients, {name}"] = dict(prompt=prompt.shape[1], seconds=round(fast, 3), full_rows_seconds=round(slow, 3),
-                                                                  speedup=round(slow / fast, 2), logps_differ=float((a - b).abs().max()))
-        print(name, found[f"log-probabilities with gradients, {name}"], flush=True)
+        row = dict(prompt=prompt.shape[1], seconds=round(fast, 3), full_rows_seconds=round(slow, 3),
+                   speedup=round(slow / fast, 2), logps_differ=float((a - b).abs().max()))
+        found[f"log-probabilities with gradients, {name}"] = row
+        print(name, row, flush=True)
     return found
 
 
@@ -67,10 +75,11 @@ def stock_trainer(model, tokenizer, reward, config, dataset):
         with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as plain, torch.no_grad():
             for i in range(0, len(prompts), K):
                 ids = torch.tensor([prompt_ids[i]])
-                out = plain.generate(ids, attention_mask=torch.ones_like(ids), num_beams=K, num_return_sequences=K, length_penalty=0.0, do_sample=False, max_new_tokens=C,
-                                     pad_token_id=0)
+                out = plain.generate(ids, attention_mask=torch.ones_like(ids), num_beams=K, num_return_sequences=K,
+                                     length_penalty=0.0, do_sample=False, max_new_tokens=C, pad_token_id=0)
                 completions += out[:, ids.shape[1]:].tolist()
-        return dict(prompt_ids=prompt_ids, completion_ids=completions, logprobs=None, beam_rank=[i % K for i in range(len(prompts))])
+        ranks = [i % K for i in range(len(prompts))]
+        return dict(prompt_ids=prompt_ids, completion_ids=completions, logprobs=None, beam_rank=ranks)
 
     return GRPOTrainer(model, reward, config, dataset, processing_class=tokenizer, rollout_func=rollout)
 
@@ -80,7 +89,7 @@ def one_step(kind, prompts, beta, folder):
     from datasets import Dataset
 
     from bgrpo_nb.algebra.problems import generate_problems
-    from bgrpo_nb.policy.model import decode_completions, load_model, load_tokenizer
+    from bgrpo_nb.policy.model import load_model, load_tokenizer
     from bgrpo_nb.solve.decomposition_reward import decomposition_reward
     from bgrpo_nb.recipes.callbacks import show_progress
     from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
@@ -88,17 +97,31 @@ def one_step(kind, prompts, beta, folder):
     tokenizer, model = load_tokenizer(folder), load_model(folder, device="cpu")
     model.generation_config.eos_token_id = None
     steps = 2 if kind == "ours" else 1
-    config = BGRPOConfig(output_dir=os.path.join(folder, kind), num_generations=K, per_device_train_batch_size=K, gradient_accumulation_steps=prompts, max_steps=steps, max_completion_length=C,
-                         beta=beta, use_cpu=True, disable_tqdm=True, save_strategy="no", **FRUGAL)
+    config = BGRPOConfig(output_dir=os.path.join(folder, kind), num_generations=K, per_device_train_batch_size=K,
+                         gradient_accumulation_steps=prompts, max_steps=steps, max_completion_length=C, beta=beta,
+                         use_cpu=True, disable_tqdm=True, save_strategy="no", **FRUGAL)
     algebra = decomposition_reward(tokenizer)
-    def reward(prompts, completion_ids, beam_rank, **kwargs): return [r + k / 100 for r, k in zip(algebra(prompts, completion_ids, beam_rank), beam_rank)]
+
+    def reward(prompts, completion_ids, beam_rank, **kwargs):
+        rewards = algebra(prompts, completion_ids, beam_rank)
+        return [r + k / 100 for r, k in zip(rewards, beam_rank)]
+
     dataset = Dataset.from_dict({"prompt": [p.prompt for p in generate_problems(prompts, 4, 4, seed=8)]})
-    trainer = BGRPOTrainer(model, reward, config, dataset, processing_class=tokenizer) if kind == "ours" else stock_trainer(model, tokenizer, reward, config, dataset)
+    if kind == "ours": trainer = BGRPOTrainer(model, reward, config, dataset, processing_class=tokenizer)
+    else: trainer = stock_trainer(model, tokenizer, reward, config, dataset)
     show_progress(trainer)
     start = time.perf_counter()
     trainer.train()
     seconds = (time.perf_counter() - start) / steps
     print(json.dumps(dict(seconds=round(seconds, 2), peak_gib=peak_gib())))
+
+
+def step_in_a_process(kind, prompts, beta, folder):
+    "Seconds and peak memory of `one_step` in a process of its own"
+    command = [sys.executable, __file__, "--step", kind, str(prompts), str(beta), folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: raise SystemExit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def whole_steps(prompts):
@@ -108,15 +131,14 @@ def whole_steps(prompts):
     with tempfile.TemporaryDirectory() as folder:
         save_model(build(), load_tokenizer("single"), folder)
         for beta in (0.0, 0.01):
-            rows = {}
-            for kind in ("ours", "stock", "ours"):
-                done = subprocess.run([sys.executable, __file__, "--step", kind, str(prompts), str(beta), folder], capture_output=True, text=True)
-                if done.returncode: raise SystemExit(done.stderr)
-                row = json.loads(done.stdout.strip().splitlines()[-1])
-                rows[kind] = row if kind not in rows else dict(seconds=round((row["seconds"] + rows[kind]["seconds"]) / 2, 2), peak_gib=max(row["peak_gib"], rows[kind]["peak_gib"]))
+            kinds = "ours", "stock", "ours"
+            before, stock, after = (step_in_a_process(kind, prompts, beta, folder) for kind in kinds)
+            ours = dict(seconds=round((before["seconds"] + after["seconds"]) / 2, 2),
+                        peak_gib=max(before["peak_gib"], after["peak_gib"]))
             name = f"optimizer step, {prompts} prompts x {K} beams, beta={beta}"
-            found[name] = dict(**rows["ours"], settings=FRUGAL, stock_seconds=rows["stock"]["seconds"], stock_peak_gib=rows["stock"]["peak_gib"],
-                               speedup=round(rows["stock"]["seconds"] / rows["ours"]["seconds"], 2), memory=round(rows["ours"]["peak_gib"] / rows["stock"]["peak_gib"], 3))
+            found[name] = dict(**ours, settings=FRUGAL, stock_seconds=stock["seconds"],
+                               stock_peak_gib=stock["peak_gib"], speedup=round(stock["seconds"] / ours["seconds"], 2),
+                               memory=round(ours["peak_gib"] / stock["peak_gib"], 3))
             print(name, found[name], flush=True)
     return found
 

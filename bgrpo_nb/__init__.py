@@ -1,21 +1,98 @@
 """Beam Group Relative Policy Optimization: GRPO whose group is the ranked beams of a beam search, in notebooks
 
-Modules:
+Folders and modules, from the ground up:
 
-- `bgrpo_nb.learn.exact_resume`: A `GRPOTrainer` that was killed goes on as it would have gone on: the same prompts, the same completions, the same loss.
-- `bgrpo_nb.learn.rewards`: What a right answer is worth in place k of a beam search, and how a group of rewards becomes a group of advantages.
-- `bgrpo_nb.learn.trainer`: TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
-- `bgrpo_nb.learn.trl_batching`: From rows that repeat a prompt to one beam search a prompt; from K full rows back to one forward over their trie.
-- `bgrpo_nb.policy.model`: Four vocabularies, three sizes, and a door for the authors' checkpoints.
-- `bgrpo_nb.recipes.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
-- `bgrpo_nb.recipes.train`: Problems chosen, a policy trained by its beams and validated, a run folder that says everything: what `bgrpo train` does.
-- `bgrpo_nb.search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt read once, each token written once, for any Hugging Face causal model.
-- `bgrpo_nb.search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any Hugging Face causal model; and a guide to the key-value cache.
-- `bgrpo_nb.search.packed_weights`: Linear layers whose weights lie as the processor wants them, for as long as a search runs.
-- `bgrpo_nb.solve.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to find.
-- `bgrpo_nb.solve.evaluation`: What a policy can do greedily, with beams and with samples; every figure with its interval, every difference with its own.
-- `bgrpo_nb.solve.result_store`: What an evaluation has found, kept as it comes: one line a problem, one file for each policy, problems and settings.
-- `bgrpo_nb.study.analysis`: From finished runs to one table, and from the table to what may be said: which setting is better, by how much, and whether chance would do the same."""
+`bgrpo_nb.base`: What every floor may use: files, processes, the folder of a run, settings, the style of figures.
+- `base.files`: Files that are written whole or not at all, and files that are read while another process writes
+  them.
+- `base.plotting`: One style for all figures of the package.
+- `base.processes`: Child processes that end together with the process that started them.
+- `base.run_folder`: The folder of a run: what was asked (`config.yaml`), what happened (`metrics.jsonl`), how it
+  ended (`result.json`), and checkpoints in the format of Hugging Face.
+- `base.settings`: Fields of a config dataclass, each with its help text.
+
+`bgrpo_nb.algebra`: The task: polynomials in prefix notation, verified by exact algebra; no torch.
+- `algebra.exact_decomposition`: Every decomposition of a polynomial in one variable, by the root of a power series
+  and one division per degree.
+- `algebra.notation`: What people type, what SymPy computes with, what papers and pages print: each from prefix
+  notation, and back.
+- `algebra.polynomial`: Prefix notation, and the algebra that decides whether an answer decomposes a polynomial.
+- `algebra.problems`: Make, read, write, filter, mix and split decomposition problems.
+
+`bgrpo_nb.search`: Token ids in, ranked completions out, for any causal model.
+- `search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt is read once, each token is stored
+  once.
+- `search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any causal model of
+  Transformers.
+- `search.grammar`: A logits processor that leaves only tokens which can still become well-formed prefix notation.
+- `search.packed_weights`: A guide to the key-value cache; then packed weights, compiled and captured steps, and
+  what each of them costs.
+
+`bgrpo_nb.policy`: Vocabularies, sizes and checkpoints of a policy.
+- `policy.checkpoints`: The authors' state dicts become Hugging Face folders, and folders become state dicts again,
+  exactly.
+- `policy.model`: Four vocabularies, three sizes: ordinary Hugging Face objects.
+
+`bgrpo_nb.learn`: Groups, advantages, the trie and the trainer, for any task.
+- `learn.exact_resume`: A GRPO training that was interrupted continues exactly: the same prompts, the same
+  completions, the same loss.
+- `learn.rewards`: What a right answer is worth at each beam rank, and how the rewards of a group become
+  advantages.
+- `learn.trainer`: TRL's `GRPOTrainer` with the ranked beams of a search as its group: any model, any task with a
+  verifier.
+- `learn.trl_batching`: From rows that repeat a prompt to one beam search per prompt; from full rows back to one
+  forward over their trie.
+
+`bgrpo_nb.solve`: Policies meet polynomials: search, verify, filter, evaluate, decompose.
+- `solve.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to
+  find.
+- `solve.decomposition`: The library's front door: a polynomial as you type it goes in, its verified decompositions
+  come out.
+- `solve.decomposition_reward`: Exact algebra says whether an answer is right, and a canonical form says whether
+  two answers are the same.
+- `solve.evaluation`: What one policy can do on one list of problems: greedily, with beams, with samples; each
+  value with its interval.
+- `solve.evaluation_figures`: The figures of an evaluation and of a training run, drawn from plain numbers in the
+  package's one style.
+- `solve.evaluation_report`: What an evaluation of test sets writes, made from its summary alone: CSV, Markdown and
+  figures.
+- `solve.result_store`: The result store: files in which an evaluation stores results as they come; a killed
+  process loses one batch at most.
+- `solve.test_sets`: Many policies on many files: each measured, beside the exact algorithm and the authors'
+  figures, and written down.
+
+`bgrpo_nb.recipes`: The training runs that commands start.
+- `recipes.callbacks`: What a training does besides its steps: it logs, draws, shows progress, and stops cleanly at
+  a signal.
+- `recipes.demo`: A policy that knows degree 2∘2 learns 3∘2 from its own beams, and is measured before and after.
+- `recipes.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
+- `recipes.train`: Problems are chosen, a policy is trained by its beams, validated and saved: what `bgrpo train`
+  does.
+- `recipes.wandb_logging`: A run at Weights & Biases (W&B): started, continued after a resume, given panels, and
+  ended.
+
+`bgrpo_nb.study`: Many runs: planned, carried out, read, compared, reported.
+- `study.analysis`: Is one setting better than another, by how much, and could chance do the same?
+- `study.analysis_figures`: The figures of a table of runs.
+- `study.analysis_report`: One HTML file of a table of runs, and beside it the numbers of every table and figure.
+- `study.launcher`: Starts, watches and ends the processes of a sweep: workers of our own with Optuna, or agents of
+  W&B.
+- `study.permutation_tests`: Could chance do the same? Permutation tests for two arms, for several, and for few
+  seeds.
+- `study.run_readers`: Run folders, an Optuna storage, W&B and its exports end in one list of runs.
+- `study.run_table`: Every run a row: what was tried, how it ended, what it reached, and what is missing.
+- `study.sweeps`: One sweep file in W&B's schema, read strictly: what it means, what is wrong with it, and the plan
+  that it describes.
+- `study.trials`: Workers carry out a plan: each point is claimed by one worker, run as a process, judged, and run
+  again where its worker died.
+
+`bgrpo_nb.show`: Explorers: a search, a training step, a run or a sweep, with controls to move.
+- `show.beams`: What a beam search keeps and drops, token by token, and what the same number of samples finds.
+- `show.explorer`: A skin for pictures with controls, and the first one: is h an inner polynomial of f?
+- `show.groups`: One training step on one group, token by token: what became more probable, what less.
+- `show.run_explorers`: A training to start and to watch, a sweep to ask which setting mattered.
+
+`bgrpo_nb.cli`: `bgrpo` and its ten commands: what the chapters do, from a terminal."""
 
 __version__ = "0.1.0"
 
@@ -25,7 +102,8 @@ _PUBLIC = { # module -> names that can be imported from here; a module is loaded
     "algebra.problems": "Problem filter_by_degree generate_multivariate generate_on_singlets generate_problems mix "
                         "read_problems write_problems",
     "search.generation": "Beams beam_search greedy sample",
-    "policy.model": "PRESETS convert_checkpoint load_model load_tokenizer save_model",
+    "policy.checkpoints": "convert_checkpoint",
+    "policy.model": "PRESETS load_model load_tokenizer save_model",
     "learn.rewards": "VerifiedReward",
     "learn.trl_batching": "roll_out trie_logps",
     "learn.trainer": "BGRPOConfig BGRPOTrainer",

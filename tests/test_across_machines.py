@@ -1,4 +1,4 @@
-"The launch lines of nbs/tutorials/train_across_machines.ipynb, run as they stand, shrunk: two processes train the policy that one trains."
+"The launch lines of nbs/tutorials/train_across_machines.ipynb, with smaller sizes: two processes train one's policy."
 import json
 import os
 import re
@@ -16,17 +16,21 @@ REPO = Path(__file__).parent.parent
 PAGE = json.loads((REPO / "nbs/tutorials/train_across_machines.ipynb").read_text(encoding="utf-8"))
 TEXT = "\n".join("".join(c["source"]) for c in PAGE["cells"] if c["cell_type"] == "markdown")
 LINES = re.findall(r"^(?:accelerate launch|torchrun) .*hard_3_2.yaml$", TEXT, re.MULTILINE)
-SMALL = ("--problems p.txt --held_out 4 --prompts_per_step 3 --num_generations 4 --max_steps 2 --eval_steps 2 --num_beams 4 --wide_beams 6 --num_samples 2 --save_steps 2 "
-         "--warmup_steps 0 --learning_rate 1e-3 --use_cpu true --disable_tqdm true --max_completion_length 12").split()
+SMALL = ("--problems p.txt --held_out 4 --prompts_per_step 3 --num_generations 4 --max_steps 2 --eval_steps 2 "
+         "--num_beams 4 --wide_beams 6 --num_samples 2 --save_steps 2 --warmup_steps 0 --learning_rate 1e-3 "
+         "--use_cpu true --disable_tqdm true --max_completion_length 12").split()
+LOGGED = "step", "reward", "valid", "eval_beam_rank_score"
 HOW = {"accelerate": ["-m", "accelerate.commands.accelerate_cli"], "torchrun": ["-m", "torch.distributed.run"]}
 
 
 def train(folder, words, name):
     "One run in `folder`, started by `words`"
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words, *SMALL, "--output_dir", name], cwd=folder, env=env, capture_output=True, text=True, timeout=500)
+    outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, *words, *SMALL, "--output_dir", name]
+    done = subprocess.run(command, cwd=folder, env=outside | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [{k: row.get(k) for k in ("step", "reward", "valid", "eval_beam_rank_score")} for row in read_metrics(folder / name / "metrics.jsonl")]
+    rows = [{k: row.get(k) for k in LOGGED} for row in read_metrics(folder / name / "metrics.jsonl")]
     return rows, load_file(folder / name / "policy/model.safetensors")
 
 
@@ -34,8 +38,10 @@ def train(folder, words, name):
 def alone(tmp_path_factory):
     "A folder with problems, and a run of one process"
     folder = tmp_path_factory.mktemp("machines")
-    write_problems(folder / "p.txt", generate_problems(12, 2, 2, seed=5, canonical=True) + generate_problems(12, 3, 2, seed=5, canonical=True))
-    return folder, *train(folder, ["-m", "bgrpo_nb", "train", "--config", str(REPO / "configs/train/hard_3_2.yaml")], "alone")
+    problems = [p for outer in (2, 3) for p in generate_problems(12, outer, 2, seed=5, canonical=True)]
+    write_problems(folder / "p.txt", problems)
+    words = ["-m", "bgrpo_nb", "train", "--config", str(REPO / "configs/train/hard_3_2.yaml")]
+    return folder, *train(folder, words, "alone")
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.split()[0])

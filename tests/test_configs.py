@@ -1,4 +1,4 @@
-"Every file in configs/train makes its problems as its first lines say, and trains on them; BGRPO and GRPO, both objectives. Shrunk."
+"Every file in configs/train: its first lines make its problems, and it trains on them, as BGRPO and as GRPO; in small."
 import json
 import re
 from pathlib import Path
@@ -6,25 +6,32 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bgrpo_nb.cli import main, read_config
 from bgrpo_nb.algebra.problems import degree, generate_problems, polynomial_key, read_problems, write_problems
 from bgrpo_nb.base.run_folder import read_metrics
+from bgrpo_nb.cli import main, read_config
 from bgrpo_nb.recipes.train import TrainConfig, choose_problems
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs/train").glob("*.yaml"))
-SMALL = ("--prompts_per_step 2 --num_generations 4 --held_out 4 --eval_limit 4 --eval_steps 1 --save_steps 1 --num_beams 4 --wide_beams 6 --num_samples 2 "
-         "--num_problems 45 --max_steps 2 --warmup_steps 0 --disable_tqdm true").split()
+SMALL = """--prompts_per_step 2 --num_generations 4 --held_out 4 --eval_limit 4 --eval_steps 1 --save_steps 1
+    --num_beams 4 --wide_beams 6 --num_samples 2 --num_problems 45 --max_steps 2 --warmup_steps 0 --disable_tqdm true""".split()
+GROUPS = dict(prompts_per_step=4, num_generations=4, use_cpu=True)
 
 
 def first_lines(path):
     "The commands in a config's first lines"
-    return [line[1:].strip().removeprefix("bgrpo ") for line in path.read_text().splitlines() if line.startswith("#   bgrpo ")]
+    prefix = "#   bgrpo "
+    return [line.removeprefix(prefix).strip() for line in path.read_text().splitlines() if line.startswith(prefix)]
 
 
-def make_problems(path):
-    "Those commands, with fewer and easier problems"
-    for line in first_lines(path):
-        assert main(re.sub(r"--num_beams \d+", "", re.sub("[34]_[24]", "3_2", re.sub(r"--n \d+", "--n 45", line.replace("_4_4.txt", ".txt")))).split()) == 0, line
+def smaller(line):
+    "The same command for fewer and easier problems"
+    line = line.replace("_4_4.txt", ".txt")
+    line = re.sub(r"--n \d+", "--n 45", line)
+    line = re.sub("[34]_[24]", "3_2", line)
+    return re.sub(r"--num_beams \d+", "", line)
+
+
+def keys(problems): return {polynomial_key(p.expanded) for p in problems}
 
 
 @pytest.fixture
@@ -35,32 +42,40 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_config_trains_in_both_rollouts(path, here, capsys):
-    given = yaml.safe_load(path.read_text())
-    lines = " ".join(first_lines(path))
-    for name in ("problems", "eval_problems"): assert given.get(name, "") in lines, f"its first lines do not make {given[name]}"
-    make_problems(path)
+    given, lines = yaml.safe_load(path.read_text()), first_lines(path)
+    for name in ("problems", "eval_problems"):
+        assert given.get(name, "") in " ".join(lines), f"its first lines do not make {given[name]}"
+    for line in lines: assert main(smaller(line).split()) == 0, line
     evaluated = ["--eval_problems", "test.txt"] if "eval_problems" in given else []
+    changed = {flag.removeprefix("--") for flag in SMALL} | {"beam_width", "output_dir", "eval_problems"}
     for rollout in ("beam", "sample"):
-        assert main(["train", "--config", str(path), *SMALL, *evaluated, "--rollout", rollout, "--output_dir", rollout]) == 0, capsys.readouterr().err
-        kept = yaml.safe_load((here / rollout / "config.yaml").read_text())
-        for name, value in given.items():
-            if f"--{name}" not in SMALL and name not in ("beam_width", "output_dir", "eval_problems"): assert kept[name] == value, name
+        flags = ["--config", str(path), *SMALL, *evaluated, "--rollout", rollout, "--output_dir", rollout]
+        assert main(["train", *flags]) == 0, capsys.readouterr().err
+        written = yaml.safe_load((here / rollout / "config.yaml").read_text())
+        assert {name: written[name] for name in given if name not in changed} == \
+            {name: value for name, value in given.items() if name not in changed}
         rows = read_metrics(here / rollout / "metrics.jsonl")
-        assert [r["step"] for r in rows if "eval_beam_rank_score" in r] == [0, 1, 2] and sum("loss" in r for r in rows) == 2
-        assert json.loads((here / rollout / "result.json").read_text())["step"] == 2 and (here / rollout / "policy/config.json").exists()
+        assert [r["step"] for r in rows if "eval_beam_rank_score" in r] == [0, 1, 2]
+        assert sum("loss" in r for r in rows) == 2
+        assert json.loads((here / rollout / "result.json").read_text())["step"] == 2
+        assert (here / rollout / "policy/config.json").exists()
 
 
-def test_the_scripts_are_all_there():
-    "Basic validation, hard validation, beam rank score, hard problems only, half hard and half regular, the original objective"
-    assert {p.stem for p in CONFIGS} >= {"basic_validation", "hard_validation", "beam_rank_score", "hard_only", "hard_mixed", "original"}
+def test_every_original_experiment_has_a_config():
+    "And each has settings within the authors' ranges"
+    assert {p.stem for p in CONFIGS} >= {"basic_validation", "hard_validation", "beam_rank_score", "hard_only",
+                                         "hard_mixed", "original"}
     for path in CONFIGS:
-        c = read_config(TrainConfig, ["--config", str(path), "--use_cpu", "true"], "bgrpo train")
-        assert 1e-5 <= c.learning_rate <= 2e-4 and 8 <= c.prompts_per_step <= 48 and 10 <= c.num_generations <= 25 and c.num_beams == 10, path
-        if c.objective == "original": assert (c.scale_rewards, c.num_iterations, c.beta, c.max_grad_norm) == ("group", 5, 0.01, 0.5)
-        else:
-            assert c.scale_rewards == "none"
-            original = read_config(TrainConfig, ["--config", str(path), "--use_cpu", "true", "--objective", "original"], "bgrpo train")
-            assert original.scale_rewards == "group" and original.num_iterations == 5 and 0.01 <= original.beta <= 0.05
+        flags = ["--config", str(path), "--use_cpu", "true"]
+        c = read_config(TrainConfig, flags, "bgrpo train")
+        assert 1e-5 <= c.learning_rate <= 2e-4 and c.num_beams == 10, path
+        assert 8 <= c.prompts_per_step <= 48 and 10 <= c.num_generations <= 25, path
+        if c.objective == "original":
+            assert (c.scale_rewards, c.num_iterations, c.beta, c.max_grad_norm) == ("group", 5, 0.01, 0.5)
+            continue
+        assert c.scale_rewards == "none"
+        original = read_config(TrainConfig, [*flags, "--objective", "original"], "bgrpo train")
+        assert original.scale_rewards == "group" and original.num_iterations == 5 and 0.01 <= original.beta <= 0.05
 
 
 @pytest.mark.parametrize("share,own", [(0.5, False), (0.25, True)])
@@ -68,19 +83,24 @@ def test_hard_and_regular_problems_are_mixed(share, own, here):
     hard = generate_problems(60, 3, 2, seed=3)
     write_problems(here / "hard.txt", hard)
     write_problems(here / "regular.txt", generate_problems(90, 2, 2, seed=4))
-    config = TrainConfig(problems="hard.txt", hard_fraction=share, regular_problems="regular.txt" if own else None, degrees="2_2,2_3", num_problems=50, held_out=20,
-                         prompts_per_step=4, num_generations=4, use_cpu=True)
+    config = TrainConfig(problems="hard.txt", hard_fraction=share, regular_problems="regular.txt" if own else None,
+                         degrees="2_2,2_3", num_problems=50, held_out=20, **GROUPS)
     train, held_out = choose_problems(config)
-    assert len(held_out) == 20 and not {polynomial_key(p.expanded) for p in train} & {polynomial_key(p.expanded) for p in held_out}
+    assert len(held_out) == 20 and not keys(train) & keys(held_out)
+    found = {p.expanded for p in train + held_out}
     degrees = [degree(p.expanded) for p in train + held_out]
     assert degrees.count(6) + degrees.count(4) == len(degrees) == (120 if own else 100)
     known = {p.expanded for p in hard}
-    assert sum(p.expanded in known for p in train + held_out) == (30 if own else 50)
-    if own: assert {p.expanded for p in train + held_out} <= known | {p.expanded for p in read_problems("regular.txt")}
+    assert len(found & known) == (30 if own else 50)
+    if own: assert found <= known | {p.expanded for p in read_problems("regular.txt")}
 
 
 def test_problems_of_several_degrees_are_made(here):
-    train, held_out = choose_problems(TrainConfig(degrees="2_2,2_3,3_3", num_problems=90, held_out=0, prompts_per_step=4, num_generations=4, use_cpu=True))
+    train, held_out = choose_problems(TrainConfig(degrees="2_2,2_3,3_3", num_problems=90, held_out=0, **GROUPS))
     assert [degree(p.expanded) for p in train].count(9) == 30 and len(train) == 90 and not held_out
-    for wrong, says in ((dict(hard_fraction=0.5), "name a file"), (dict(degrees="2_2,3"), "3"), (dict(degrees="2_2,1_3"), "2 or more")):
-        with pytest.raises(ValueError, match=says): TrainConfig(use_cpu=True, **wrong)
+
+
+@pytest.mark.parametrize("wrong,says", [
+    (dict(hard_fraction=0.5), "name a file"), (dict(degrees="2_2,3"), "3"), (dict(degrees="2_2,1_3"), "2 or more")])
+def test_a_wrong_choice_of_problems(wrong, says):
+    with pytest.raises(ValueError, match=says): TrainConfig(use_cpu=True, **wrong)

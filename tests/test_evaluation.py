@@ -1,4 +1,4 @@
-"Test sets, many policies, results that outlive a kill; what is written agrees with itself; and the library's front door."
+"Many policies on test sets, results that survive a kill, files that agree with each other, and `decompose`."
 import csv
 import json
 import re
@@ -28,21 +28,31 @@ FLAGS = [word for name, k in SMALL.items() for word in (f"--{name}", str(k))]
 
 
 def evaluate_in_a_process(*words, cwd):
-    return subprocess.Popen([Path(sys.executable).with_name("bgrpo"), "evaluate", *map(str, words)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [Path(sys.executable).with_name("bgrpo"), "evaluate", *map(str, words)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def files(folder): return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+def files(folder):
+    "Relative path -> content"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def undated(found): return {name: re.sub(rb"\d{4}-\d\d-\d\d", b"", content) for name, content in found.items()}
+def undated(found):
+    "The same files without dates"
+    return {name: re.sub(rb"\d{4}-\d\d-\d\d", b"", content) for name, content in found.items()}
+
+
+def tiny_on(problems, **settings):
+    return evaluate(load_model("tiny", device="cpu"), load_tokenizer("tiny"), problems, **settings)
 
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory):
     "The bundled policy, and one whose output layer is disturbed"
-    folder, tokenizer, other = tmp_path_factory.mktemp("policies"), load_tokenizer("tiny"), load_model("tiny", device="cpu")
-    with torch.no_grad(): other.lm_head.weight += 0.2 * torch.randn(other.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
-    save_model(other, tokenizer, folder / "disturbed")
+    folder, other = tmp_path_factory.mktemp("policies"), load_model("tiny", device="cpu")
+    weight = other.lm_head.weight
+    with torch.no_grad(): weight += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    save_model(other, load_tokenizer("tiny"), folder / "disturbed")
     return {"tiny": "tiny", "disturbed": str(folder / "disturbed")}
 
 
@@ -62,44 +72,74 @@ def results(policies, sets, tmp_path_factory):
 
 def test_every_policy_meets_every_test_set(policies, sets, results):
     found, out = results
+    tokenizer = load_tokenizer("tiny")
     assert list(found.reports) == [(m, f) for m in ("tiny", "disturbed") for f in ("2_2", "mixed")]
     for (model, file), report in found.reports.items():
         problems, policy = read_problems(sets / f"{file}.txt"), load_model(policies[model], device="cpu")
         assert [r.expanded for r in report.rows] == [p.expanded for p in problems]
-        if (model, file) == ("disturbed", "2_2"): assert evaluate(policy, load_tokenizer("tiny"), problems, **SMALL).rows == report.rows
+        if (model, file) == ("disturbed", "2_2"):
+            assert evaluate(policy, tokenizer, problems, **SMALL).rows == report.rows
         assert Report.from_json(out / f"reports/{model}/{file}.json").rows == report.rows
-        wide = search_problems(policy, load_tokenizer("tiny"), problems, 10)
+        wide = search_problems(policy, tokenizer, problems, 10)
         assert [r.curve_place for r in report.rows] == [s.first_valid or 0 for s in wide]
-        narrow = search_problems(policy, load_tokenizer("tiny"), problems, 4)
+        narrow = search_problems(policy, tokenizer, problems, 4)
         assert [r.beam_reasons for r in report.rows] == [" ".join(v.reason for v in s.verdicts) for s in narrow]
-    a, b = (found.reports[m, "2_2"] for m in ("tiny", "disturbed"))
-    assert a.rows != b.rows, "the two policies differ, so their reports must"
-    told = {(d["file"], d["metric"]): d for d in found.differences()}
-    assert set(told) == {(f, m) for f in ("2_2", "mixed") for m in METRICS}
-    assert (told["2_2", "beam_rank_score"]["difference"], told["2_2", "beam_rank_score"]["low"]) == compare(a, b)[:2]
+    before, after = (found.reports[m, "2_2"] for m in ("tiny", "disturbed"))
+    assert before.rows != after.rows, "the two policies differ, so their reports must"
+    differences = {(d["file"], d["metric"]): d for d in found.differences()}
+    assert set(differences) == {(f, m) for f in ("2_2", "mixed") for m in METRICS}
+    scored = differences["2_2", "beam_rank_score"]
+    assert (scored["difference"], scored["low"]) == compare(before, after)[:2]
 
 
-def test_what_is_written_agrees(results):
-    found, out = results
+def test_the_summary_names_what_was_measured(results):
+    _, out = results
     summary = json.loads((out / "results.json").read_text())
-    assert summary["about"]["seed"] == 0 and summary["about"]["versions"]["torch"] == torch.__version__ and summary["about"]["commit"]
-    assert {r["data"]["n"] for r in summary["reports"]} == {12, 10} and all(len(r["data"]["sha256"]) == 64 and len(r["fingerprint"]) == 64 for r in summary["reports"])
-    with (out / "results.csv").open() as file: rows = list(csv.DictReader(file))
-    assert len(rows) == len(summary["table"]) == 2 * 2 * len(METRICS) + 2
-    for row, told in zip(rows, summary["table"], strict=True):
-        assert {k: str(v) for k, v in told.items()} == row
-        if told["source"] == "measured":
-            report = found.reports[told["model"], told["file"]]
-            assert (told["value"], told["low"], told["high"]) == (report.metrics[told["metric"]], *report.interval(told["metric"]))
-            assert told["low"] <= told["value"] <= told["high"]
-        else: assert (told["model"], told["value"], told["n"]) == ("exact algorithm", 1.0, len(found.reports["tiny", told["file"]]))
+    about = summary["about"]
+    assert about["seed"] == 0 and about["versions"]["torch"] == torch.__version__ and about["commit"]
+    assert {r["data"]["n"] for r in summary["reports"]} == {12, 10}
+    for report in summary["reports"]: assert len(report["data"]["sha256"]) == len(report["fingerprint"]) == 64
+
+
+def test_table_and_csv_agree_with_the_reports(results):
+    found, out = results
+    table = json.loads((out / "results.json").read_text())["table"]
+    with (out / "results.csv").open() as file: lines = list(csv.DictReader(file))
+    assert len(lines) == len(table) == 2 * 2 * len(METRICS) + 2
+    for line, row in zip(lines, table, strict=True):
+        assert {k: str(v) for k, v in row.items()} == line
+        if row["source"] == "measured":
+            report, metric = found.reports[row["model"], row["file"]], row["metric"]
+            assert (row["value"], row["low"], row["high"]) == (report.metrics[metric], *report.interval(metric))
+            assert row["low"] <= row["value"] <= row["high"]
+        else:
+            n = len(found.reports["tiny", row["file"]])
+            assert (row["model"], row["value"], row["n"]) == ("exact algorithm", 1.0, n)
+
+
+def test_the_page_has_every_value(results):
+    _, out = results
     text = (out / "results.md").read_text()
-    for told in summary["table"]:
-        shown = f"{told['value']:.3f} [{told['low']:.3f}, {told['high']:.3f}]" if "score" in told["metric"] else f"{told['value']:.1%} [{told['low']:.1%}, {told['high']:.1%}]"
-        assert f"| {told['model']} | {told['n']} |" in text and shown in text
-    for title in ("# Evaluation", "## 2_2", "## mixed", "## Differences from tiny", "k best of one wide search are not a search of width k", "## Why beams fail"): assert title in text
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.split("## 2_2")[1].split("## mixed")[0].splitlines() if line.startswith("|")}) == 1
-    for name in ("degrees", "widths", "places", "reasons"): assert (out / f"plots/{name}.png").read_bytes()[:4] == b"\x89PNG" and (out / f"plots/{name}.png").stat().st_size > 5000
+    for row in json.loads((out / "results.json").read_text())["table"]:
+        form = ".3f" if "score" in row["metric"] else ".1%"
+        shown = f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+        assert f"| {row['model']} | {row['n']} |" in text and shown in text
+    for title in ("# Evaluation", "## 2_2", "## mixed", "## Differences from tiny", "## Why beams fail",
+                  "k best of one wide search are not a search of width k"):
+        assert title in text
+    table = [line for line in text.split("## 2_2")[1].split("## mixed")[0].splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1, "every line has the same number of cells"
+    for name in ("degrees", "widths", "places", "reasons"):
+        image = (out / f"plots/{name}.png").read_bytes()
+        assert image[:4] == b"\x89PNG" and len(image) > 5000
+
+
+def test_figures_need_no_torch(results, tmp_path):
+    _, out = results
+    code = ("import json, pathlib, sys; from bgrpo_nb.solve.evaluation_report import draw; "
+            "draw(json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2]); assert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code, out / "results.json", tmp_path / "plots"], check=True)
+    assert files(tmp_path / "plots") == files(out / "plots")
 
 
 def test_plot_redraws_from_the_files_alone(results, tmp_path, capsys):
@@ -110,14 +150,16 @@ def test_plot_redraws_from_the_files_alone(results, tmp_path, capsys):
     for torn in ('{"reports": 3}', '{"repor'):
         (tmp_path / "results.json").write_text(torn)
         assert main(["plot", str(tmp_path)]) == 2
-        assert len(said := capsys.readouterr().err.splitlines()) == 1 and "run that again" in said[0]
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and "run that again" in said[0]
 
 
-def test_a_killed_evaluation_goes_on(sets, tmp_path):
-    "kill -9 while results come in, a torn line on top; the second run keeps every whole line, and ends in the files of a run that was never stopped"
+def test_a_killed_evaluation_continues(sets, tmp_path):
+    "After kill -9, with an incomplete line: every complete line is used, and the files equal those of a whole run"
     def whole_run(name): return evaluate_files(["tiny"], [sets / "mixed.txt"], tmp_path / name, batch_size=1, **SMALL)
     def lines(name): return sum(p.read_bytes().count(b"\n") for p in (tmp_path / name / "store").glob("*.jsonl"))
-    process, deadline = evaluate_in_a_process("--problems", sets / "mixed.txt", *FLAGS, "--batch_size", 1, "--out", "killed", cwd=tmp_path), time.monotonic() + 200
+    words = ["--problems", sets / "mixed.txt", *FLAGS, "--batch_size", 1, "--out", "killed"]
+    process, deadline = evaluate_in_a_process(*words, cwd=tmp_path), time.monotonic() + 200
     while lines("killed") < 14 and process.poll() is None and time.monotonic() < deadline: time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL and not (tmp_path / "killed/results.json").exists()
@@ -128,7 +170,9 @@ def test_a_killed_evaluation_goes_on(sets, tmp_path):
     whole_run("whole")
     assert 14 <= there < lines("whole")
     whole_run("killed")
-    for path, before in found.items(): assert path.read_bytes().startswith(before.rpartition(b"\n")[0]), "nothing that was found is computed again"
+    for path, before in found.items():
+        complete = before.rpartition(b"\n")[0]
+        assert path.read_bytes().startswith(complete), "nothing that was found is computed again"
     assert undated(files(tmp_path / "killed")) == undated(files(tmp_path / "whole"))
 
 
@@ -140,21 +184,29 @@ def test_a_second_run_computes_nothing(policies, sets, results, monkeypatch):
     for name in ("beam_search", "sample"): monkeypatch.setattr(module, name, never)
     again = evaluate_files(list(policies.values()), [sets], out, **SMALL)
     assert again.table() == found.table() and undated(files(out)) == undated(before)
-    for changed in (dict(domain="ZZ"), dict(allow_trivial=True), dict(seed=1), dict(temperature=0.5), dict(num_beams=5), dict(num_samples=4)):
-        with pytest.raises(AssertionError, match="searched again"): evaluate_files(["tiny"], [sets / "2_2.txt"], out, **SMALL | changed)
+    for changed in (dict(domain="ZZ"), dict(allow_trivial=True), dict(seed=1), dict(temperature=0.5),
+                    dict(num_beams=5), dict(num_samples=4)):
+        with pytest.raises(AssertionError, match="searched again"):
+            evaluate_files(["tiny"], [sets / "2_2.txt"], out, **SMALL | changed)
 
 
 def test_only_what_is_missing_is_computed(policies, sets, tmp_path, monkeypatch):
     import bgrpo_nb.solve.evaluation as module
-    asked, search = [], module.beam_search
-    monkeypatch.setattr(module, "beam_search", lambda model, ids, *args, **kwargs: asked.append((len(ids), kwargs["num_beams"])) or search(model, ids, *args, **kwargs))
+    asked, search = [], module.beam_search # asked: (prompts, beams) of each search
+
+    def counted(model, ids, *args, **kwargs):
+        asked.append((len(ids), kwargs["num_beams"]))
+        return search(model, ids, *args, **kwargs)
+
+    monkeypatch.setattr(module, "beam_search", counted)
     few = dict(SMALL, max_new_tokens=20)
     evaluate_files(["tiny"], [sets / "2_2.txt"], tmp_path, limit=5, **few)
     assert asked == [(5, 1), (5, 4), (5, 6), (5, 10)]
     asked.clear()
-    grown = evaluate_files(["tiny"], [sets / "2_2.txt"], tmp_path, **few | dict(wide_beams=8))   # seven more problems, and another width
+    wider = few | dict(wide_beams=8)
+    grown = evaluate_files(["tiny"], [sets / "2_2.txt"], tmp_path, **wider) # seven more problems, and another width
     assert asked == [(7, 1), (7, 4), (12, 8), (7, 10)]
-    assert grown.reports["tiny", "2_2"].rows == evaluate(load_model("tiny", device="cpu"), load_tokenizer("tiny"), read_problems(sets / "2_2.txt"), **few | dict(wide_beams=8)).rows
+    assert grown.reports["tiny", "2_2"].rows == tiny_on(read_problems(sets / "2_2.txt"), **wider).rows
     asked.clear()
     (tmp_path / "renamed.txt").write_bytes((sets / "2_2.txt").read_bytes())
     evaluate_files(["tiny"], [tmp_path / "renamed.txt"], tmp_path, **few)
@@ -167,27 +219,33 @@ def test_two_evaluations_do_not_write_one_file(tmp_path):
     store = ResultStore(tmp_path, model="m", data="d")
     with store.open("beams-3", width=3) as lines:
         lines.add({4: {"reasons": "ok"}})
-        with pytest.raises(OSError, match="another evaluation writes to .*choose another --out"), store.open("beams-3", width=3): pass
+        with pytest.raises(OSError, match="another evaluation writes to .*choose another --out"):
+            with store.open("beams-3", width=3): pass
         with store.open("beams-3", width=3, domain="ZZ") as others: assert others.found == {}
     with store.open("beams-3", width=3) as lines: assert lines.found == {4: {"reasons": "ok"}}
     lines.path.write_text("no JSON\n")
     with store.open("beams-3", width=3) as lines: assert lines.found == {}
 
 
-def test_a_fingerprint_is_of_what_the_policy_is(policies, tmp_path):
+def test_a_fingerprint_depends_on_weights_and_vocabulary_not_on_the_folder(policies, tmp_path):
     tokenizer, tiny = load_tokenizer("tiny"), load_model("tiny", device="cpu")
     save_model(tiny, tokenizer, tmp_path / "copy")
-    assert policy_fingerprint(tiny, tokenizer) == policy_fingerprint(load_model(tmp_path / "copy", device="cpu"), load_tokenizer(tmp_path / "copy"))
-    assert policy_fingerprint(tiny, tokenizer) != policy_fingerprint(load_model(policies["disturbed"], device="cpu"), tokenizer)
-    assert policy_fingerprint(tiny, tokenizer) != policy_fingerprint(tiny, load_tokenizer("multi"))
+    copy, disturbed = (load_model(path, device="cpu") for path in (tmp_path / "copy", policies["disturbed"]))
+    expected = policy_fingerprint(tiny, tokenizer)
+    assert policy_fingerprint(copy, load_tokenizer(tmp_path / "copy")) == expected
+    assert policy_fingerprint(disturbed, tokenizer) != expected
+    assert policy_fingerprint(tiny, load_tokenizer("multi")) != expected
 
 
 @pytest.mark.parametrize("words,says", [
     (["--problems", "nowhere.txt"], "no file nowhere.txt; `bgrpo generate` makes one"),
     (["--problems", "empty"], "holds no .txt file of problems; `bgrpo generate empty/2_2.txt` makes one"),
-    (["--problems", "bare.txt"], "bare.txt holds no answers"), (["--problems", "good.txt", "--model", "tiny", "broken"], "is the folder complete?"),
-    (["--problems", "good.txt", "bare.txt", "--out", "r.json"], "name a folder for --out"), (["--problems", "good.txt", "--out", "good.txt/x"], "choose another --out"),
-    (["--problems", "good.txt", "--num_beams", "0"], "use 1 or more"), (["--problems", "good.txt", "--curve_beams", "-3"], "use 1 or more")])
+    (["--problems", "bare.txt"], "bare.txt holds no answers"),
+    (["--problems", "good.txt", "--model", "tiny", "broken"], "is the folder complete?"),
+    (["--problems", "good.txt", "bare.txt", "--out", "r.json"], "name a folder for --out"),
+    (["--problems", "good.txt", "--out", "good.txt/x"], "choose another --out"),
+    (["--problems", "good.txt", "--num_beams", "0"], "use 1 or more"),
+    (["--problems", "good.txt", "--curve_beams", "-3"], "use 1 or more")])
 def test_bad_input_is_one_line(words, says, tmp_path, capsys, monkeypatch):
     write_problems(tmp_path / "good.txt", generate_problems(3, 2, 2, seed=5))
     (tmp_path / "bare.txt").write_text("+ P 1 ^ a P 4 ⁇\n")
@@ -202,30 +260,41 @@ def test_bad_input_is_one_line(words, says, tmp_path, capsys, monkeypatch):
 
 
 def test_files_without_answers_on_request(tmp_path):
+    out = tmp_path / "out"
     (tmp_path / "bare.txt").write_text("".join(p.expanded + " ⁇\n" for p in generate_problems(4, 2, 2, seed=5)))
-    found = evaluate_files(["tiny"], [tmp_path / "bare.txt"], tmp_path / "out", without_answers=True, **SMALL)
-    assert list(found.reports["tiny", "bare"].by_degree()) == ["4"] and not (tmp_path / "out/plots/degrees.png").exists()
-    assert (tmp_path / "out/plots/reasons.png").exists()
+    found = evaluate_files(["tiny"], [tmp_path / "bare.txt"], out, without_answers=True, **SMALL)
+    assert list(found.reports["tiny", "bare"].by_degree()) == ["4"]
+    assert (out / "plots/reasons.png").exists() and not (out / "plots/degrees.png").exists()
 
 
 def test_the_curve_is_the_k_best_of_one_search():
+    def within(place, k): return place if place and place <= k else None
     places, own = [1, 3, None, 2, 9], [True, False, False, True, False]
-    rows = [ProblemResult("^ a P 4", 4, 2, g, p if p and p <= 4 else None, p if p and p <= 6 else None, 0, "ok", p or 0, "ok") for p, g in zip(places, own)]
+    rows = [ProblemResult("^ a P 4", 4, 2, greedy, within(place, 4), within(place, 6), 0, "ok", place or 0, "ok")
+            for place, greedy in zip(places, own)]
     report = Report(rows, dict(SMALL))
     curve = report.by_width()
     assert [k for k, *_ in curve] == list(range(1, 11))
-    assert [share for _, share, *_ in curve] == [sum(p is not None and p <= k for p in places) / 5 for k in range(1, 11)]
+    expected = [sum(within(place, k) is not None for place in places) / 5 for k in range(1, 11)]
+    assert [share for _, share, *_ in curve] == expected
     assert curve[2][2:] == wilson(3, 5)
     first, four, six = report.own_widths()
-    assert (first["k"], first["own"], first["top_k"], first["differ"]) == (1, 0.4, 0.2, 1) and first["difference"] == pytest.approx(0.2)
+    assert (first["k"], first["own"], first["top_k"], first["differ"]) == (1, 0.4, 0.2, 1)
+    assert first["difference"] == pytest.approx(0.2)
     assert (four["differ"], six["differ"], six["own"], six["n"]) == (0, 0, 0.6, 5)
-    half = Report([*rows[:2], *(replace(r, curve_place=None) for r in rows[2:])], report.settings)  # the wide search went over two problems
-    assert half.by_width()[0][1] == 0.5 and {(w["n"], w["differ"]) for w in half.own_widths()} == {(2, 0)} and half.metrics == report.metrics
-    assert [w["k"] for w in Report(rows, dict(SMALL, curve_beams=None, wide_beams=6)).own_widths()] == [1, 4], "without a curve search, the wide search makes it"
+
+
+def test_the_curve_counts_the_problems_of_the_widest_search_only():
+    rows = [ProblemResult("^ a P 4", 4, 2, place == 1, place, place, 0, "ok", place, "ok") for place in (1, 3, 2)]
+    part = Report([*rows[:2], replace(rows[2], curve_place=None)], dict(SMALL)) # it searched two problems of three
+    assert part.by_width()[0][1] == 0.5 and {(w["n"], w["differ"]) for w in part.own_widths()} == {(2, 0)}
+    assert part.metrics == Report(rows, dict(SMALL)).metrics
+    without = Report(rows, dict(SMALL, curve_beams=None, wide_beams=6))
+    assert [w["k"] for w in without.own_widths()] == [1, 4], "without a curve search, the wide search is the widest"
 
 
 def test_a_wide_search_is_not_a_narrow_one():
-    "What the chapter says about the shortcut, on real searches: where every one of the k best continues one of the k best, they agree; they do not always"
+    "On real searches the k best beams of a wide search are often, but not always, those of a search of width k"
     tokenizer, model = load_tokenizer("tiny"), load_model("tiny", device="cpu")
     problems = generate_problems(40, 2, 2, seed=63)
     narrow, wide = (search_problems(model, tokenizer, problems, k) for k in (2, 12))
@@ -238,14 +307,17 @@ def test_a_wide_search_is_not_a_narrow_one():
 def test_the_authors_sets_are_known_by_content(shared, degrees):
     problems = read_problems(shared / f"published/test_dataset_{degrees}.txt", 300)
     outer, inner = map(int, degrees.split("_"))
-    rows = [ProblemResult(p.expanded, outer * inner, inner, i % 2 == 0, 1, 1, 1, "ok", None, "ok") for i, p in enumerate(problems)]
+    rows = [ProblemResult(p.expanded, outer * inner, inner, i % 2 == 0, 1, 1, 1, "ok", None, "ok")
+            for i, p in enumerate(problems)]
     report = Report(rows, dict(num_beams=10, domain="ZZ"))
     assert published_degrees(report) == degrees and published_degrees(Report(rows[1:], report.settings)) is None
     found = published_figures(report)
-    assert [(f["metric"], round(f["published"] * f["n"]), f["n"]) for f in found] == [(m, s, n) for m, s, n, _ in PUBLISHED[degrees]]
+    shown = [(f["metric"], round(f["published"] * f["n"]), f["n"]) for f in found]
+    assert shown == [(metric, solved, n) for metric, solved, n, _ in PUBLISHED[degrees]]
     assert [f["value"] for f in found] == [0.5 if f["metric"] == "greedy_accuracy" else 1.0 for f in found]
     assert published_figures(Report(rows[:99], report.settings)) == [] and report.exact_solves() == 300
-    assert [f["n"] for f in published_figures(Report(rows[:120], report.settings))] == ([100] * 4 if degrees == "4_4" else [])
+    of_120 = published_figures(Report(rows[:120], report.settings))
+    assert [f["n"] for f in of_120] == ([100] * 4 if degrees == "4_4" else [])
 
 
 def test_names_tell_paths_apart():
@@ -256,20 +328,24 @@ def test_names_tell_paths_apart():
 x, y = sympy.symbols("x y")
 
 
-@pytest.mark.parametrize("f,variable", [(x**6 + 2*x**3 + 5, x), ("y**6 + 2*y**3 + 5", y), ("+ P 5 + * P 2 ^ y P 3 ^ y P 6", y), (sympy.Poly(x**6 + 2*x**3 + 5, x), x)])
+@pytest.mark.parametrize("f,variable", [
+    (x**6 + 2*x**3 + 5, x), ("y**6 + 2*y**3 + 5", y), ("+ P 5 + * P 2 ^ y P 3 ^ y P 6", y),
+    (sympy.Poly(x**6 + 2*x**3 + 5, x), x)])
 def test_an_answer_shows_itself_in_the_variable_that_was_typed(f, variable):
     found = decompose(f, num_beams=3)
     g, (h,) = found[0].to_sympy()
     assert h == variable**3 and sympy.expand(g.subs(sympy.Symbol("b"), h)) == variable**6 + 2*variable**3 + 5
     assert repr(found[0]).startswith(f"Decomposition(g(b) = b**2 + 2*b + 5, h = {variable}**3; by the exact algorithm")
     latex = rf"g(b) = b^{{2}} + 2 b + 5,\quad h = {variable}^{{3}}"
-    assert found[0]._repr_latex_() == f"${latex}$" and latex in found[0]._repr_html_() and latex in found._repr_html_() and latex in found._repr_latex_()
+    assert found[0]._repr_latex_() == f"${latex}$" and latex in found[0]._repr_html_()
+    assert latex in found._repr_html_() and latex in found._repr_latex_()
     assert isinstance(found, list) and found == list(found) and found[0].inner == "* P 1 ^ a P 3"
 
 
 def test_answers_of_every_form_are_shown():
     many = Decomposition("+ P 1 / P 2 + * N 3 ^ b0 P 2 * b0 b1", "a0 & + P 1 ^ a1 P 2", False, 2, -1.25)
-    assert repr(many) == "Decomposition(g(b0, b1) = -3*b0**2 + b0*b1 + 1/2, h0 = a0, h1 = a1**2 + 1; by beam 2 (-1.25 nats))"
+    assert repr(many) == ("Decomposition(g(b0, b1) = -3*b0**2 + b0*b1 + 1/2, h0 = a0, h1 = a1**2 + 1; "
+                          "by beam 2 (-1.25 nats))")
     assert r"g(b_{0}, b_{1})" in many._repr_latex_() and r"\frac{1}{2}" in many._repr_latex_()
     assert many.to_sympy()[1] == (sympy.Symbol("a0"), sympy.Symbol("a1")**2 + 1)
     for d in decompose("2*x**4 + 2*x**2 + 3", num_beams=10) + decompose("x**12", num_beams=2):
@@ -285,6 +361,7 @@ def test_reports_read_well(results):
 
 
 def test_a_generated_set_is_not_taken_for_the_authors():
-    rows = [ProblemResult(p.expanded, 6, 2, False, None, None, 0, "trivial") for p in generate_problems(100, 3, 2, seed=1)]
+    problems = generate_problems(100, 3, 2, seed=1)
+    rows = [ProblemResult(p.expanded, 6, 2, False, None, None, 0, "trivial") for p in problems]
     for name, found in (("3_2.txt", None), ("test_dataset_3_2.txt", "3_2"), ("test_dataset_2_2.txt", None)):
         assert published_degrees(Report(rows, {}, {"data": {"name": name}})) == found

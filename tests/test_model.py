@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from bgrpo_nb.search.generation import beam_search, greedy
-from bgrpo_nb.policy.model import (
-    convert_checkpoint, decode_completions, encode, load_model, load_tokenizer, vocabularies)
+from bgrpo_nb.policy.checkpoints import convert_checkpoint
+from bgrpo_nb.policy.model import decode_completions, encode, load_model, load_tokenizer, vocabularies
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def test_tokens_and_logits(reference, converted):
         torch.testing.assert_close(logits[0], torch.tensor(record["first_logits"]), atol=1e-4, rtol=0)
 
 
-def words(tokenizer, beams, b, k, n):
-    "Completion as the authors write it: an end is a pad, and what follows it too"
+def words(tokenizer, beams, b, k):
+    "A completion as the reference file writes it: the end token and all that follows it are pads"
     found = tokenizer.convert_ids_to_tokens(beams.sequences[b, k, :beams.lengths[b, k]])
     return ["□" if w == "⁇" else w for w in found]
 
@@ -43,13 +43,14 @@ def words(tokenizer, beams, b, k, n):
 def test_beams_token_for_token(reference, converted, width):
     model, tokenizer, _ = converted
     enc = encode(tokenizer, [r["prompt"] for r in reference["records"]])
-    beams = beam_search(model, enc.input_ids, enc.attention_mask, num_beams=width, max_new_tokens=12, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    beams = beam_search(model, enc.input_ids, enc.attention_mask, num_beams=width, max_new_tokens=12,
+                        eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
     for b, record in enumerate(reference["records"]):
         expected = record["beams"][str(width)]
         assert len(expected) == width
         for k, beam in enumerate(expected):
             P = len(record["input_ids"])
-            assert words(tokenizer, beams, b, k, width) == beam["tokens"][P:beam["length"]]
+            assert words(tokenizer, beams, b, k) == beam["tokens"][P:beam["length"]]
             assert abs(beams.scores[b, k].item() - beam["logprob"]) < 1e-3
 
 
@@ -84,7 +85,8 @@ def test_a_truncated_or_foreign_file_is_one_clear_error(shared, tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.pt")
     torch.save({"tok_emb.weight": print}, tmp_path / "code.pt")
     for name in ("cut", "text", "foreign", "code"):
-        with pytest.raises(ValueError, match=name): convert_checkpoint(tmp_path / f"{name}.pt", tmp_path / "out", config={"n_head": 2})
+        with pytest.raises(ValueError, match=name):
+            convert_checkpoint(tmp_path / f"{name}.pt", tmp_path / "out", config={"n_head": 2})
     with pytest.raises(FileNotFoundError): convert_checkpoint(tmp_path / "nowhere.pt", tmp_path / "out")
 
 

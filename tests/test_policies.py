@@ -1,4 +1,4 @@
-"The bundled policies: what they are said to do, they do"
+"The bundled policies do what their recordings say"
 import json
 from pathlib import Path
 
@@ -20,28 +20,36 @@ def matches(found, metric, recorded):
     "The sample's 95 % interval meets the recording's"
     low, high = wilson(round(found.metrics[metric] * len(found)), len(found))
     _, recorded_low, recorded_high = recorded[metric]
-    assert low <= recorded_high and recorded_low <= high, f"{metric}: {found.metrics[metric]:.3f} of {len(found)}, recorded {recorded[metric]}"
+    said = f"{metric}: {found.metrics[metric]:.3f} of {len(found)}, recorded {recorded[metric]}"
+    assert low <= recorded_high and recorded_low <= high, said
+
+
+def measure(name, problems, **settings):
+    "An evaluation of a bundled policy"
+    return evaluate(load_model(name, device="cpu"), load_tokenizer(name), problems, num_samples=1, **settings)
 
 
 @pytest.mark.parametrize("degrees", ["2_2", "2_4", "3_3", "4_2", "4_4"])
 def test_small_does_what_its_recording_says(degrees):
     "Other problems than the recording's, by the same rule"
     problems = generate_problems(60, *map(int, degrees.split("_")), seed=70_000)
-    found = evaluate(load_model("small", device="cpu"), load_tokenizer("small"), problems, domain="ZZ", wide_beams=11, num_samples=1)
+    found = measure("small", problems, domain="ZZ", wide_beams=11)
     for metric in ("greedy_accuracy", "beam_accuracy"): matches(found, metric, RECORD["figures"][degrees])
 
 
 def test_several_variables_as_recorded():
     problems = generate_multivariate(60, 3, 2, 2, seed=70_000, canonical=True)
-    found = evaluate(load_model("multivariate", device="cpu"), load_tokenizer("multivariate"), problems, domain="ZZ", wide_beams=11, num_samples=1)
-    for metric in ("greedy_accuracy", "beam_accuracy"): matches(found, metric, RECORD["several_variables"]["generated"])
+    found = measure("multivariate", problems, domain="ZZ", wide_beams=11)
+    recorded = RECORD["several_variables"]["generated"]
+    for metric in ("greedy_accuracy", "beam_accuracy"): matches(found, metric, recorded)
 
 
 def test_a_recording_that_is_wrong_is_noticed():
     problems = generate_problems(60, 2, 2, seed=70_000)
-    found = evaluate(load_model("tiny", device="cpu"), load_tokenizer("tiny"), problems, num_beams=2, wide_beams=3, num_samples=1)
+    found = measure("tiny", problems, num_beams=2, wide_beams=3)
     matches(found, "greedy_accuracy", {"greedy_accuracy": [1.0, 0.98, 1.0]})
-    with pytest.raises(AssertionError, match="recorded"): matches(found, "greedy_accuracy", {"greedy_accuracy": [0.5, 0.45, 0.55]})
+    wrong = {"greedy_accuracy": [0.5, 0.45, 0.55]}
+    with pytest.raises(AssertionError, match="recorded"): matches(found, "greedy_accuracy", wrong)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,6 +67,7 @@ def test_decompose_asks_the_policy_for_as_many_variables_as_there_are():
     solved = 0
     for p in generate_multivariate(5, 3, 2, 2, seed=70_001, canonical=True):
         for found in decompose(to_sympy(p.expanded)):
-            assert not found.exact and verify(p.expanded, f"{found.outer} & {found.inner}") and len(found.to_sympy()[1]) == 3
+            assert not found.exact and len(found.to_sympy()[1]) == 3
+            assert verify(p.expanded, f"{found.outer} & {found.inner}")
             solved += 1
     assert solved

@@ -1,4 +1,5 @@
-"A run that was interrupted goes on exactly: any epoch, several passes over a batch, one and two processes; real signals, torn checkpoints, full disks."
+"""A run that was interrupted continues exactly: any epoch, several passes over a batch, one and two processes; real
+signals, incomplete checkpoints, full disks."""
 import json
 import os
 import shutil
@@ -70,8 +71,10 @@ def test_every_checkpoint_leads_to_the_same_end(policy, tmp_path, more, generati
 
 
 def rows_of(run):
-    "Logged rows without what a clock decides; entropy to 6 places, its last bit depends on where a process's memory lies"
-    return [{k: round(v, 6) if k == "entropy" else v for k, v in row.items() if not any(c in k for c in CLOCK)} for row in read_metrics(Path(run) / "metrics.jsonl") if "train_runtime" not in row]
+    "Logged rows without times; entropy to 6 places, because its last bit depends on the alignment of memory"
+    logged = [row for row in read_metrics(Path(run) / "metrics.jsonl") if "train_runtime" not in row]
+    def untimed(row): return {k: v for k, v in row.items() if not any(c in k for c in CLOCK)}
+    return [{k: round(v, 6) if k == "entropy" else v for k, v in untimed(row).items()} for row in logged]
 
 
 def command(policy, folder, processes=1, **more):
@@ -81,12 +84,17 @@ def command(policy, folder, processes=1, **more):
     return [*start, BGRPO, "train", *(f"--{k}={v}" for k, v in flags.items())]
 
 
-def start(command, cwd): return subprocess.Popen(command, cwd=cwd, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(command, cwd):
+    return subprocess.Popen(command, cwd=cwd, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
 
 
 def after_step(running, metrics, step):
     end = time.time() + 300
-    while time.time() < end and running.poll() is None and not any("loss" in r and r["step"] >= step for r in (read_metrics(metrics) if metrics.exists() else [])): time.sleep(0.02)
+    def reached():
+        rows = read_metrics(metrics) if metrics.exists() else []
+        return any("loss" in row and row["step"] >= step for row in rows)
+    while time.time() < end and running.poll() is None and not reached(): time.sleep(0.02)
     assert running.poll() is None, running.communicate()[1][-3000:]
 
 
@@ -98,7 +106,8 @@ def children(pid):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds children in /proc")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_9_and_resume(policy, tmp_path, processes):
-    "Killed somewhere after step 7 of 10: epochs are 6 steps, the checkpoint at step 3 lies between two passes. Two processes split a group of 4 (6 rows each)"
+    """Killed somewhere after step 7 of 10. An epoch has 6 steps, and the checkpoint at step 3 is between two passes. Two
+    processes have 6 rows each, so they split a group of 4"""
     write_problems(tmp_path / "p.txt", generate_problems(13, 2, 2, seed=50))
     straight = subprocess.run(command(policy, "straight", processes), cwd=tmp_path, env=ALONE, capture_output=True, text=True)
     assert straight.returncode == 0, straight.stderr[-3000:]
@@ -134,14 +143,16 @@ def test_sigterm_at_one_of_two_processes_saves_and_ends_both(policy, tmp_path):
     assert checkpoint.name == f"checkpoint-{step}" and {p.name for p in checkpoint.glob("pending_*")} == {"pending_0_of_2.pt", "pending_1_of_2.pt"}
 
 
-def test_another_number_of_processes_goes_on_with_a_warning(policy, tmp_path):
+def test_another_number_of_processes_continues_with_a_warning(policy, tmp_path):
     train(policy, tmp_path / "run", max_steps=2)
     (tmp_path / "run/checkpoint-2/pending_0_of_1.pt").rename(tmp_path / "run/checkpoint-2/pending_0_of_2.pt")
-    with pytest.warns(UserWarning, match="not written by 1 process"): _, rows, _ = train(policy, tmp_path / "run", str(tmp_path / "run/checkpoint-2"), max_steps=4, save_strategy="no")
+    checkpoint = str(tmp_path / "run/checkpoint-2")
+    with pytest.warns(UserWarning, match="not written by 1 process"):
+        _, rows, _ = train(policy, tmp_path / "run", checkpoint, max_steps=4, save_strategy="no")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
-def test_torn_checkpoints_are_passed_over_and_taken_away(tmp_path):
+def test_incomplete_checkpoints_are_skipped_and_removed(tmp_path):
     for step, state in ((2, '{"global_step": 2}'), (4, '{"global_step": 4, "best'), (6, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state: (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(state)
@@ -181,7 +192,7 @@ def on_a_small_disk(words, cwd, size):
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare(1)")
 def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(policy, tmp_path):
-    "First a disk too small from the start; then one that somebody else fills while the training runs"
+    "First a disk too small from the start; then one that another process fills while the training runs"
     write_problems(tmp_path / "p.txt", generate_problems(13, 2, 2, seed=50))
     words = command(policy, "disk/run", max_steps=3, held_out=0, save_steps=1)
     done = on_a_small_disk(words, tmp_path, "200k")
@@ -199,7 +210,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(policy, tmp_path):
     done = on_a_small_disk([sys.executable, "-c", fill, *words[1:], "--max_steps=50"], tmp_path, "3m")
     assert done.returncode == 2, done.stdout + done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("bgrpo:")]
-    assert len(said) == 1 and "cannot be written" in said[0] and "go on with --resume" in said[0], done.stderr[-2000:]
+    assert len(said) == 1 and "cannot be written" in said[0] and "--resume" in said[0], done.stderr[-2000:]
     kept = sorted(p.name for p in (tmp_path / "kept").iterdir())
     assert kept and newest_checkpoint(tmp_path / "kept").name == kept[-1]
     shutil.copytree(tmp_path / "kept", tmp_path / "disk/run")              # the namespace is gone, and the disk with it

@@ -1,9 +1,6 @@
 "From verdicts to rewards, from searches to what is kept, from completions to figures: each against its definition, spelled out slowly."
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -100,7 +97,9 @@ def test_equivalent_completions_have_one_key():
 def test_the_reward_function_judges_once_and_tells_why():
     texts = {0: "^ a P 2", 1: "a", 2: None, 3: "* P 2 ^ a P 2", 4: "+ a ^ a P 2"}
     calls = []
-    def decode(rows): calls.append(rows); return [texts[row[0]] for row in rows]
+    def decode(rows):
+        calls.append(rows)
+        return [texts[row[0]] for row in rows]
     f, seen = "+ P 1 * P 2 ^ a P 4 ⁇", {}
     log = dict(log_metric=lambda k, v: seen.update({k: v}), log_extra=lambda k, v: seen.update({k: v}))
     pay = decomposition_reward(decode, "rank")
@@ -126,7 +125,9 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
-def problems(): return generate_problems(12, 2, 2, seed=41, canonical=True) + generate_problems(36, 3, 2, seed=42, canonical=True)
+def problems():
+    learned = generate_problems(12, 2, 2, seed=41, canonical=True)
+    return learned + generate_problems(36, 3, 2, seed=42, canonical=True)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,8 @@ def test_scores_are_log_probabilities(tiny, searched):
             if text is None: continue
             prompt, answer = tokenize(tokenizer, [s.problem.prompt, text + " ⁇"])
             with torch.no_grad(): logp = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            assert score == pytest.approx(sum(logp[len(prompt) - 1 + i, t].item() for i, t in enumerate(answer)), abs=1e-3)
+            expected = sum(logp[len(prompt) - 1 + i, t].item() for i, t in enumerate(answer))
+            assert score == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("lowest,highest", [(1, None), (2, None), (1, 1), (2, 4), (10, 10)])
@@ -161,7 +163,8 @@ def test_the_filter_keeps_the_places_asked_for(tiny, problems, searched, lowest,
     result = filter_by_beams(*tiny, problems, num_beams=10, lowest=lowest, highest=highest)
     places = [first(bool(verify(s.problem.expanded, t)) for t in s.texts) for s in searched]
     assert result.kept == [p for p, k in zip(problems, places) if k and lowest <= k <= (highest or 10)]
-    assert result.rank_distribution == {k: places.count(k) for k in {*places}} and list(result.rank_distribution)[-1] is None
+    assert result.rank_distribution == {k: places.count(k) for k in {*places}}
+    assert list(result.rank_distribution)[-1] is None
     assert None in places and 1 in places and any(k and k > 1 for k in places), "the pool has problems of every kind"
     counts = [places.count(1), sum(k is not None and k > 1 for k in places), places.count(None)]
     said = [int(word) for word in str(result).replace(",", " ").replace(";", " ").split() if word.isdigit()]
@@ -170,7 +173,8 @@ def test_the_filter_keeps_the_places_asked_for(tiny, problems, searched, lowest,
 
 def test_settings_of_the_filter(tiny, problems):
     for wrong in (dict(lowest=0), dict(lowest=3, highest=2), dict(highest=11)):
-        with pytest.raises(ValueError, match="from 1 to num_beams=10"): filter_by_beams(*tiny, problems, num_beams=10, **wrong)
+        with pytest.raises(ValueError, match="from 1 to num_beams=10"):
+            filter_by_beams(*tiny, problems, num_beams=10, **wrong)
     assert filter_by_beams(*tiny, [], num_beams=10).kept == [] and search_problems(*tiny, []) == []
 
 
@@ -194,7 +198,9 @@ def report(tiny, problems): return evaluate(*tiny, problems, num_beams=10, wide_
 def test_an_evaluation_is_what_each_problem_gives_alone(tiny, problems, report):
     model, tokenizer = tiny
     limit = answer_tokens(problems)
-    def place(p, k): return first(map(bool, search_problems(model, tokenizer, [p], k, max_new_tokens=limit)[0].verdicts))
+    def place(p, k):
+        searched, = search_problems(model, tokenizer, [p], k, max_new_tokens=limit)
+        return first(map(bool, searched.verdicts))
     for p, row in zip(problems, report.rows, strict=True):
         assert (row.expanded, row.degree, row.inner_degree) == (p.expanded, degree(p.expanded), 2)
         assert (row.greedy, row.beam_place, row.wide_place) == (place(p, 1) == 1, place(p, 10), place(p, 16))
@@ -203,8 +209,9 @@ def test_an_evaluation_is_what_each_problem_gives_alone(tiny, problems, report):
     # the same draws again: long prompts first, one batch
     order = sorted(range(len(problems)), key=lambda i: -len(problems[i].expanded))
     enc = encode(tokenizer, [problems[i].prompt for i in order])
-    drawn = sample(model, enc.input_ids, enc.attention_mask, num_return_sequences=6, max_new_tokens=limit, temperature=0.7,
-                   eos_token_id=tokenizer.eos_token_id, pad_token_id=0, generator=torch.Generator().manual_seed(3)).sequences
+    drawn = sample(model, enc.input_ids, enc.attention_mask, num_return_sequences=6, max_new_tokens=limit,
+                   temperature=0.7, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+                   generator=torch.Generator().manual_seed(3)).sequences
     texts = [decode_completions(tokenizer, rows) for rows in drawn]
     assert [report.rows[i].valid_samples for i in order] == [
         sum(bool(verify(problems[i].expanded, t)) for t in found) for i, found in zip(order, texts)]
@@ -240,7 +247,10 @@ def test_a_seed_gives_the_same_report(tiny, problems, report, tmp_path):
 def test_by_degree(report):
     parts = report.by_degree()
     assert {k: len(v) for k, v in parts.items()} == {"2∘2": 12, "3∘2": 36}
-    for m in METRICS: assert np.average([v.metrics[m] for v in parts.values()], weights=list(map(len, parts.values()))) == pytest.approx(report.metrics[m])
+    sizes = list(map(len, parts.values()))
+    for m in METRICS:
+        means = [part.metrics[m] for part in parts.values()]
+        assert np.average(means, weights=sizes) == pytest.approx(report.metrics[m])
 
 
 @pytest.mark.parametrize("place,score", [(None, 0), (1, 1), (2, math.exp(-0.1)), (10, math.exp(-0.9)), (11, 0),
@@ -251,12 +261,14 @@ def test_beam_rank_score(place, score): assert beam_rank_score(place) == pytest.
 def test_intervals():
     for solved, n in ((0, 10), (3, 10), (10, 10), (147, 300)):  # Wilson's formula, written out
         z, p = 1.959963984540054, solved / n
-        middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         assert wilson(solved, n) == pytest.approx((middle - half, middle + half), abs=1e-9)
     values = np.random.default_rng(0).normal(0.3, 1, 400)
     low, high = bootstrap(values)
     half = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02) and bootstrap(values) == (low, high)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+    assert bootstrap(values) == (low, high)
     assert bootstrap([0.5] * 9) == (0.5, 0.5)
 
 
@@ -266,15 +278,18 @@ def rows(places): return [ProblemResult(f"^ a P {i}", 4, 2, k == 1, k, k, 0, "ok
 def test_compare_pairs_problem_by_problem():
     rng = np.random.default_rng(0)
     before = [int(k) if k else None for k in rng.integers(0, 11, 200)]
-    after = [max(1, k - 1) if k else None for k in before]  # every solved problem one place up: small beside the spread, never down
+    after = [max(1, k - 1) if k else None for k in before]  # every solved problem one place up: small beside the spread
     a, b = Report(rows(before)), Report(rows(after))
     found = compare(a, b)
     assert found.mean == pytest.approx(b.metrics["beam_rank_score"] - a.metrics["beam_rank_score"])
     assert 0 < found.low < found.mean < found.high
-    unpaired = math.hypot(*[np.std([r.value("beam_rank_score") for r in report.rows]) / math.sqrt(200) for report in (a, b)])
-    assert found.mean < 2.8 * unpaired and found.high - found.low < unpaired, "without pairing, the gain drowns in the spread"
+    spread = [np.std([r.value("beam_rank_score") for r in report.rows]) / math.sqrt(200) for report in (a, b)]
+    unpaired = math.hypot(*spread)
+    assert found.mean < 2.8 * unpaired, "without pairing, the gain is smaller than the noise"
+    assert found.high - found.low < unpaired
     assert compare(b, a).mean == -found.mean and compare(a, a) == Difference(0, 0, 0)
-    assert compare(a, b, "greedy_accuracy").mean == pytest.approx(np.mean([k == 1 for k in after]) - np.mean([k == 1 for k in before]))
+    greedy = compare(a, b, "greedy_accuracy").mean
+    assert greedy == pytest.approx(np.mean([k == 1 for k in after]) - np.mean([k == 1 for k in before]))
     for other in (Report(b.rows[::-1]), Report(b.rows[:-1])):
         with pytest.raises(ValueError, match="not on the same problems"): compare(a, other)
 
@@ -293,11 +308,12 @@ def test_decompose_takes_what_people_have(tiny, f):
 def test_decompose_unites_algebra_and_beams(tiny, problems, searched):
     for s in searched[8:18]:
         found = decompose(s.problem.expanded, tiny[0], num_beams=10)
-        assert {d.inner for d in found if d.exact} == {inner for _, inner in decompose_exact(s.problem.expanded)} != set()
+        exact = {inner for _, inner in decompose_exact(s.problem.expanded)}
+        assert exact and {d.inner for d in found if d.exact} == exact
         assert len({canonical_inner(d.inner) for d in found}) == len(found)
         for d in found: assert agrees(s.problem.expanded, d.outer, [d.inner]) and verify(s.problem.expanded, d.inner)
         known = next(d for d in found if d.inner == s.problem.answer)
-        assert (known.beam_place is None) == (s.first_valid is None) and (known.score is None) == (known.beam_place is None)
+        assert (known.beam_place is None) == (s.first_valid is None) == (known.score is None)
 
 
 def test_decompose_many_ways():

@@ -1,4 +1,4 @@
-"Supervised training: it learns, it goes on where it stopped to the same end, and a wrong setting is one clear error."
+"Supervised training: it learns, a resumed run ends like an unbroken one, and a wrong setting is one clear error."
 import json
 import os
 import shutil
@@ -23,7 +23,7 @@ from bgrpo_nb.recipes.sft import ProblemStream, SupervisedConfig, bucketed_order
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    "Small matrices gain nothing from more, and a busy machine makes threads wait for each other"
+    "Small matrices gain nothing from more threads, and on a busy machine threads wait for each other"
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,8 @@ def config(start, tmp_path):
     "Settings of a run of seconds; a call changes some"
     def make(name="run", **changes):
         common = dict(model=str(start), max_steps=24, coefficient_bound=2, per_device_train_batch_size=16, held_out=16,
-                      warmup_steps=4, logging_steps=1, eval_steps=12, save_steps=8, disable_tqdm=True, bf16=False, learning_rate=4e-3)
+                      warmup_steps=4, learning_rate=4e-3, logging_steps=1, eval_steps=12, save_steps=8,
+                      disable_tqdm=True, bf16=False)
         return SupervisedConfig(str(tmp_path / name), **common | changes)
     return make
 
@@ -79,7 +80,8 @@ def test_a_policy_learns(config):
     found = greedy(model, enc.input_ids, enc.attention_mask, max_new_tokens=24,
                    eos_token_id=tokenizer.eos_token_id, pad_token_id=0).sequences[:, 0]
     share = np.mean([text == p.answer for text, p in zip(decode_completions(tokenizer, found), held_out)])
-    assert result["eval_exact_match"] == pytest.approx(share) and share > 0.05, "validation says what greedy decoding does"
+    assert result["eval_exact_match"] == pytest.approx(share), "validation agrees with greedy decoding"
+    assert share > 0.05
 
 
 def test_an_interrupted_run_ends_like_an_unbroken_one(config, monkeypatch):
@@ -167,7 +169,7 @@ def test_held_out_problems_never_come_up_in_training(config, tmp_path):
     turned = [Problem(f"+ {p.expanded} P 0", p.answer) for p in problems]
     path = write_problems(tmp_path / "mine.txt", problems + turned)
     stream, held_out = make_samples(config(problems=str(path)), tokenizer)
-    assert not keys(read_back(stream, tokenizer)) & keys(held_out), "the file holds each polynomial twice, in two writings"
+    assert not keys(read_back(stream, tokenizer)) & keys(held_out), "the file has each polynomial in two forms"
     for p in read_back(stream, tokenizer) + held_out:
         assert p.answer == highest_first(canonical_inner(p.answer)) and verify(p.expanded, p.answer)
     rising, _ = make_samples(config(problems=str(path), descending=False), tokenizer)
@@ -176,7 +178,8 @@ def test_held_out_problems_never_come_up_in_training(config, tmp_path):
 
 def test_several_variables(config):
     tokenizer = load_tokenizer("compact_multi")
-    stream, held_out = make_samples(config(max_steps=4, kind="multivariate", degrees=["2_2"], vocabulary="compact_multi"), tokenizer)
+    run = config(max_steps=4, kind="multivariate", degrees=["2_2"], vocabulary="compact_multi")
+    stream, held_out = make_samples(run, tokenizer)
     made = read_back(stream, tokenizer)
     assert len(made) == 64 and not keys(made) & keys(held_out)
     for p in made + held_out:
@@ -203,7 +206,7 @@ def test_a_file_that_cannot_be_learnt_from(config, tmp_path, make, fault):
 @pytest.mark.parametrize("changes,fault", [
     (dict(degrees=["2-2"]), "3_2"), (dict(degrees=["1_2"]), "2 or more"),
     (dict(preset="huge"), "tiny, small or paper|tiny, small, paper"),
-    (dict(max_steps=0), "1 or more"), (dict(weights_dtype="float16"), "float32 or bfloat16"),
+    (dict(max_steps=0), "1 or more"), (dict(weights_dtype="float16"), "float32, bfloat16"),
     (dict(coefficient_bound=0), "1 or more"),
     (dict(coefficient_bound=1), "distinct problems"), (dict(model="nowhere"), "no model at nowhere"),
     (dict(resume=True), "leave out --resume"),

@@ -356,7 +356,7 @@ def test_what_can_be_put_right_is_put_right_and_noted(place):
     sweep = read_sweep("lax.yaml")
     assert sweep.swept["a"].choices == sweep.swept["b"].choices == (1e-5, 2e-4) and sweep.swept["d"].choices == ("3_2", "4_2") and sweep.swept["e"].choices == (True, None)
     assert isinstance(sweep.swept["c"], optuna.distributions.FloatDistribution) and (sweep.method, sweep.goal) == ("random", "maximize")
-    for part in ("'1e-5' is taken", "both are taken for fractions", "Random is taken", "maximise is taken"): assert any(part in n for n in sweep.notes), sweep.notes
+    for part in ("'1e-5' is read", "both are read as fractions", "Random is read", "maximise is read"): assert any(part in n for n in sweep.notes), sweep.notes
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs/sweeps").glob("*.yaml")), ids=lambda p: p.stem)

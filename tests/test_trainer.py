@@ -22,7 +22,7 @@ from bgrpo_nb.study.analysis import read_runs
 from bgrpo_nb.cli import main
 from bgrpo_nb.algebra.problems import generate_problems, write_problems
 from bgrpo_nb.solve.evaluation import METRICS
-from bgrpo_nb.policy.model import decode_completions, load_model, load_tokenizer, new_model, save_model
+from bgrpo_nb.policy.model import load_model, load_tokenizer, new_model, save_model
 from bgrpo_nb.base.processes import hand_back_memory
 from bgrpo_nb.learn.rewards import VerifiedReward, advantages_of
 from bgrpo_nb.solve.decomposition_reward import decomposition_reward
@@ -37,7 +37,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "
 
 @pytest.fixture(scope="module", params=["rotary", "learned"])
 def saved(request, tmp_path_factory):
-    "A random policy in a folder; with learned positions (GPT-2) padding on the left matters"
+    "A policy with random weights in a folder; with learned positions (GPT-2) left padding matters"
     return save_model(new_model("tiny", position=request.param, initializer_range=0.5, **SMALL), load_tokenizer("single"), tmp_path_factory.mktemp("policy"))
 
 
@@ -87,6 +87,56 @@ def test_ranks_advantages_and_log_probabilities(saved, tmp_path, share):
             assert abs(advantage.item() - wanted) < 1e-5 and abs(total.item() - score) < 1e-4
 
 
+@pytest.mark.parametrize("broken,says", [
+    (dict(objective="papers"), "objective 'papers' is not known; use one of paper, original"),
+    (dict(rollout="beams"), "beam, sample, mixed"), (dict(reward="ranks"), "rank, simple, reverse_rank"),
+    (dict(baseline="median"), "use one of mean, leave_one_out"),
+    (dict(baseline="right_only", objective="original"), "use scale_rewards='none'"),
+    (dict(num_generations=1), "2 or more"), (dict(prompts_per_step=0), "1 or more"), (dict(use_vllm=True), "use_vllm"),
+    (dict(temperature=0.7), "no meaning for beams"), (dict(disable_dropout=False), "leave it on"),
+    (dict(distinct_bonus=-0.5), "0 or more"), (dict(mask_truncated_completions=True), "truncated beams"),
+    (dict(save_total_limit=1, metric_for_best_model="beam_accuracy"), "best checkpoint and the last"),
+    (dict(prompts_per_step=3, gradient_accumulation_steps=5), "equal parts"),
+    (dict(per_device_train_batch_size=6, num_generations=4), "whole number of groups")])
+def test_a_setting_that_cannot_work_is_refused_with_a_way_to_fix_it(broken, says):
+    with pytest.raises(ValueError, match=says): BGRPOConfig(use_cpu=True, **broken)
+
+
+def test_defaults_come_from_the_objective_and_the_machine():
+    config = BGRPOConfig(use_cpu=True)
+    assert (config.scale_rewards, config.loss_type, config.beta, config.num_iterations) == ("none", "grpo", 0.0, 1)
+    assert config.bf16 is False and config.per_device_train_batch_size == 48 * 16
+    original = BGRPOConfig(objective="original", num_iterations=2, use_cpu=True)
+    assert (original.scale_rewards, original.beta, original.num_iterations) == ("group", 0.01, 2)
+    for metric, better in (("eval_oracle_accuracy", True), ("kl_to_start", False)):
+        assert BGRPOConfig(use_cpu=True, metric_for_best_model=metric).greater_is_better is better
+
+
+def test_the_trie_and_full_rows_give_one_loss_and_one_gradient(tmp_path):
+    """Trained weights, an old policy that differs, every element of the gradient. Each form is about 3e-5 of the
+    gradient's norm away from a computation in float64, so that is how closely they can agree"""
+    batches = []
+    trainer = BGRPOTrainer("tiny", by_length([]), settings(tmp_path, max_steps=1, learning_rate=0.0), prompts())
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: (batches.append(inputs), compute(model, inputs))[1]
+    trainer.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = batches[0]
+    torch.manual_seed(0)
+    inputs["old_per_token_logps"] = torch.randn_like(inputs["completion_ids"], dtype=torch.float32) * 0.1 - 1
+
+    def loss_and_gradient(share):
+        trainer.args.share_prefixes = share
+        trainer.model.train()
+        trainer.model.zero_grad()
+        loss = compute(trainer.model, inputs)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    (loss, gradient), (other_loss, other) = loss_and_gradient(True), loss_and_gradient(False)
+    assert abs(loss - other_loss) < 1e-5 and (gradient - other).norm() < 1e-4 * other.norm()
+
+
 def run_processes(folder, policy, processes, rows, more):
     folder.mkdir()
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
@@ -116,7 +166,8 @@ def test_two_processes_equal_one_also_where_a_group_spans_them(saved, tmp_path, 
 
 
 def test_a_sharded_model_searches_and_learns_as_a_whole_one(tmp_path):
-    "Each process runs every search, for a forward on one waits for the other; beams, samples, log-probabilities and gradients"
+    """Each process runs every search, because a forward on one waits for the other: beams, samples, log-probabilities and
+    gradients"""
     policy = save_model(new_model("tiny", initializer_range=0.5, **SMALL), load_tokenizer("single"), tmp_path / "policy")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TESTS / "sharded.py"), str(policy)], capture_output=True, text=True,
                           env=ONE_THREAD, timeout=300)
@@ -204,7 +255,7 @@ def miniature(folder, policy="tiny", **more):
 
 @pytest.mark.parametrize("metric,better", [("wide_beam_accuracy", max), ("kl_to_start", min)])
 def test_the_best_checkpoint_by_any_metric_and_the_last(tmp_path, metric, better):
-    "A learning rate that destroys the policy: the start is better than the end. kl_to_start falls where it should"
+    "A learning rate that destroys the policy, so that the start is better than the end; for kl_to_start lower is better"
     result = train_bgrpo(miniature(tmp_path / "run", metric_for_best_model=metric, load_best_model_at_end=True, learning_rate=3e-3, warmup_steps=0, save_total_limit=2))
     state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())      # the last is there
     values = {row["step"]: row[f"eval_{metric}"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if f"eval_{metric}" in row and row["step"]}
@@ -232,7 +283,8 @@ def test_the_same_seed_gives_the_same_metrics(tmp_path):
 
 
 def test_problems_of_several_degrees_are_measured_degree_by_degree_too(tmp_path):
-    "What a validation logs of each degree adds up to the whole, and the analysis finds it; held-out problems of one degree log no such thing"
+    """Metrics of each degree, weighted by its number of problems, add up to the metrics of all, and the analysis reads
+    them; with held-out problems of one degree nothing is logged by degree"""
     few = dict(num_beams=6, max_steps=1, eval_steps=1, save_strategy="no")
     result = train_bgrpo(miniature(tmp_path / "two", degrees="2_2,3_2", held_out=12, **few))
     counts = {d: len(r) for d, r in result["reports"][-1].by_degree().items()}
@@ -309,7 +361,7 @@ def test_tasks_of_many_variables_by_the_same_commands(tmp_path, kind, degrees):
 
 
 def test_equal_answers_earn_the_bonus_once_and_equal_prompts_are_two_groups(saved, tmp_path):
-    "Answers by hand; the group is what the trainer says it is, not rows with one prompt"
+    "Two groups with the same prompt: groups come from the trainer's group size, not from equal prompts"
     tokenizer = load_tokenizer("single")
     prompt = "+ P 1 + * P 2 ^ a P 2 ^ a P 4 ⁇"
     answers = ["^ a P 2", "* N 3 ^ a P 2", "a", "+ P 7 ^ a P 2"]

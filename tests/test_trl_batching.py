@@ -13,16 +13,18 @@ from bgrpo_nb.learn import trl_batching
 from bgrpo_nb.learn.trl_batching import build_trie, group_order, share_groups, trie_logps
 
 common = dict(vocab_size=13, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.5)
-llama_like = common | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64)
+llama_like = common | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                           intermediate_size=48, max_position_embeddings=64)
+no_dropout = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
 torch.manual_seed(0)
-MODELS = {"gpt2": GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0), "llama": LlamaConfig(**llama_like),
-          "qwen3": Qwen3Config(**llama_like, head_dim=8)}
+MODELS = {"gpt2": GPT2Config(**common, **no_dropout, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+          "llama": LlamaConfig(**llama_like), "qwen3": Qwen3Config(**llama_like, head_dim=8)}
 MODELS = {name: AutoModelForCausalLM.from_config(config).double().eval() for name, config in MODELS.items()}
 
 
 def in_full(model, ids, mask, C, temperature):
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -C - 1:-1] / temperature
-    logp = logits.log_softmax(-1)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    logp = (logits[:, -C - 1:-1] / temperature).log_softmax(-1)
     return logp.gather(2, ids[:, -C:, None])[..., 0] * mask[:, -C:], -(logp.exp() * logp).sum(-1) * mask[:, -C:]
 
 
@@ -40,7 +42,8 @@ completion = st.lists(st.integers(0, 2), min_size=1, max_size=6)  # three words:
 
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(prompts=st.lists(prompt, min_size=1, max_size=3), which=st.lists(st.tuples(st.integers(0, 2), completion), min_size=1, max_size=12),
+@given(prompts=st.lists(prompt, min_size=1, max_size=3),
+       which=st.lists(st.tuples(st.integers(0, 2), completion), min_size=1, max_size=12),
        temperature=st.sampled_from([1.0, 0.7]), most=st.sampled_from([1, 2**26]))
 def test_any_rows_in_any_order(name, prompts, which, temperature, most):
     "In float64, though a few norms and rotations inside the models are float32; the notebook has float32"
@@ -52,7 +55,8 @@ def test_any_rows_in_any_order(name, prompts, which, temperature, most):
         model.zero_grad()
         logps, entropy = f()
         ((logps + 0.3 * entropy) * weights).sum().backward()
-        return logps.detach(), entropy.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        return logps.detach(), entropy.detach(), torch.cat(gradients)
 
     full = run(lambda: in_full(model, ids, mask, C, temperature))
     trie = run(lambda: trie_logps(model, ids, mask, C, temperature, compute_entropy=True, max_elements=most))
@@ -78,7 +82,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bgrpo_nb.learn.trl_batching import trie_logps, _elements, _merge
 K, P, C, B = 64, 1000, 40, 4
 torch.set_num_threads(1)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=31, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, max_position_embeddings=2048)).eval()
+model = LlamaForCausalLM(LlamaConfig(vocab_size=31, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=128, max_position_embeddings=2048)).eval()
 torch.manual_seed(0)
 prompts = torch.randint(2, 31, (B, P)).repeat_interleave(K, 0)
 stem = torch.randint(2, 31, (B, 1, C)).expand(B, K, C).clone()
@@ -86,7 +91,8 @@ cut = torch.randint(C // 2, C, (B, K, 1))                          # beams agree
 completions = torch.where(torch.arange(C) < cut, stem, torch.randint(2, 31, (B, K, C))).view(B * K, C)
 ids = torch.cat([prompts, completions], 1)
 mask = torch.ones_like(ids)
-def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024  # of this program alone
+def peak(): # bytes, of this program alone
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()
 with torch.no_grad(): trie_logps(model, ids, mask, C, max_elements=int(sys.argv[1]))
 one = max(_elements([g], 31) for g in _merge(ids.numpy(), mask.numpy().astype(bool), C))
@@ -96,15 +102,18 @@ print(one, peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 def test_memory_stays_with_the_largest_group():
-    "K = 64, P = 1,000: mask and logits of a chunk hold at most max_elements numbers, or one group; four groups at once would need four times as much"
-    def peak(most): return map(int, subprocess.run([sys.executable, "-c", MEMORY, str(most)], capture_output=True, text=True, check=True).stdout.split())
+    "K = 64, P = 1,000: a chunk holds at most max_elements numbers, or one group; four groups need four times that"
+    def peak(most):
+        done = subprocess.run([sys.executable, "-c", MEMORY, str(most)], capture_output=True, text=True, check=True)
+        return map(int, done.stdout.split())
     (one, chunked), (_, together) = peak(1), peak(2**40)
     assert 2e6 < one < 2**26
-    assert chunked < 20 * one + 300e6      # bytes: masks as booleans and floats, attention scores of two heads, activations of one group
+    # bytes: masks as booleans and floats, attention scores of two heads, activations of one group
+    assert chunked < 20 * one + 300e6
     assert together > chunked + 3 * 4 * one  # at least the masks as floats of the three other groups
 
 
-def test_a_group_of_the_whole_batch_is_searched_once_whoever_holds_its_rows():
+def test_a_group_of_the_whole_batch_is_searched_once_whichever_process_holds_its_rows():
     "Three processes, six rows of one prompt: the first searches, all receive"
     searched, found = [], [(0, list("012345"))]
     def search(prompts):
@@ -126,21 +135,27 @@ def test_groups_are_shuffled_whole(sizes):
     shuffled = ids[order, 0].tolist()
     runs = [(a, order.tolist()[k]) for k, a in enumerate(shuffled)]
     for a in set(shuffled):
-        places = [k for k, b in enumerate(shuffled) if b == a]
-        assert places == list(range(places[0], places[0] + len(places)))       # together
-        assert [runs[k][1] for k in places] == sorted(runs[k][1] for k in places)  # in their order
+        found = [k for k, b in enumerate(shuffled) if b == a]
+        assert found == list(range(found[0], found[0] + len(found)))             # together
+        assert [runs[k][1] for k in found] == sorted(runs[k][1] for k in found)  # in their order
 
 
-def test_trl_still_has_what_the_trainer_stands_on():
+def test_trl_still_has_what_the_trainer_builds_on():
     "Names and parameters of TRL that BGRPOTrainer overrides or calls; a change here means: read 09_trainer again"
     import inspect
 
     from trl import GRPOTrainer
     from trl.trainer.utils import split_tensor_dict
-    wanted = {"_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"],
-              "_prepare_inputs": ["generation_batch"], "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
-              "_generate_and_score_completions": ["inputs"], "_tokenize_prompts": ["prompts"], "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"]}
+    wanted = dict(
+        _get_per_token_logps_and_entropies="model input_ids attention_mask logits_to_keep batch_size compute_entropy "
+                                           "compute_aux_loss",
+        _prepare_inputs="generation_batch",
+        _calculate_rewards="inputs prompts completions completion_ids_list",
+        _generate_and_score_completions="inputs",
+        _tokenize_prompts="prompts",
+        evaluate="eval_dataset ignore_keys metric_key_prefix")
     for name, parameters in wanted.items():
+        parameters = parameters.split()
         found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:]
         assert found[:len(parameters)] == parameters, f"TRL's {name} now takes {found}"
     assert "rollout_func" in inspect.signature(GRPOTrainer.__init__).parameters and callable(split_tensor_dict)

@@ -13,39 +13,46 @@ from bgrpo_nb.algebra.problems import generate_problems, write_problems
 from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
 
 BIN = Path(sys.executable).parent
-FLAGS = dict(problems="p.txt", prompts_per_step=3, num_generations=4, max_steps=2, held_out=6, eval_steps=1, save_steps=2, num_beams=4, wide_beams=4, num_samples=2,
-             max_completion_length=6, use_cpu="true", learning_rate=1e-3)
+FLAGS = dict(problems="p.txt", prompts_per_step=3, num_generations=4, max_steps=2, held_out=6, eval_steps=1,
+             save_steps=2, num_beams=4, wide_beams=4, num_samples=2, max_completion_length=6, use_cpu="true",
+             learning_rate=1e-3)
 
 
 @pytest.fixture
 def policy(tmp_path):
     write_problems(tmp_path / "p.txt", generate_problems(12, 2, 2, seed=50))
-    return save_model(new_model("tiny", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48), load_tokenizer("single"), tmp_path / "policy")
+    model = new_model("tiny", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    return save_model(model, load_tokenizer("single"), tmp_path / "policy")
 
 
 def train(policy, *words, **environment):
-    "`bgrpo train` as somebody runs it who has set up nothing, in a home of their own"
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | dict(HOME=str(policy.parent), OMP_NUM_THREADS="1")
-    done = subprocess.run([BIN / "bgrpo", "train", "--model", policy, *(f"--{k}={v}" for k, v in FLAGS.items()), *words], cwd=policy.parent, env=plain | environment,
-                          capture_output=True, text=True)
+    "`bgrpo train` of a user who has set up nothing, with an empty home folder"
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    home = dict(HOME=str(policy.parent), OMP_NUM_THREADS="1")
+    command = [BIN / "bgrpo", "train", "--model", policy, *(f"--{k}={v}" for k, v in FLAGS.items()), *words]
+    done = subprocess.run(command, cwd=policy.parent, env=plain | home | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 def read_back(folder):
-    "Configuration, history and files of the one offline run in a folder"
+    "Configuration, history, files and the whole text of the one offline run in a folder"
     log, = Path(folder).glob("wandb/offline-run-*/run-*.wandb")
-    said = subprocess.run([BIN / "wandb", "leet", "inspect", "--json", log], capture_output=True, text=True, check=True).stdout
+    command = [BIN / "wandb", "leet", "inspect", "--json", log]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     config, history = {}, []
-    for record in map(json.loads, said.splitlines()):
-        for update in (record.get("run", {}).get("config", {}), record.get("config", {})): config |= update.get("update", {})
+    for record in map(json.loads, text.splitlines()):
+        config |= record.get("run", {}).get("config", {}).get("update", {})
+        config |= record.get("config", {}).get("update", {})
         if "history" in record: history.append(record["history"]["item"])
-    return config, history, [str(p.relative_to(log.parent / "files/media")) for p in (log.parent / "files/media").rglob("*") if p.is_file()], said
+    media = log.parent / "files/media"
+    files = [str(path.relative_to(media)) for path in media.rglob("*") if path.is_file()]
+    return config, history, files, text
 
 
 def test_offline_by_default_and_all_is_there(policy):
     done = train(policy, "--output_dir=run")
-    config, history, files, said = read_back(policy.parent / "run")
+    config, history, files, text = read_back(policy.parent / "run")
     assert config["learning_rate"] == 1e-3 and config["objective"] == "paper" and config["num_generations"] == 4
     rows = [json.loads(line) for line in (policy.parent / "run/metrics.jsonl").read_text().splitlines()]
     scores = {r["step"]: r["eval_beam_rank_score"] for r in rows if "eval_beam_rank_score" in r}
@@ -55,10 +62,12 @@ def test_offline_by_default_and_all_is_there(policy):
     counts = [h["eval/rank_histogram.values"] for h in history if "eval/rank_histogram.values" in h]
     assert len(counts) == 3 and all(sum(c) == 6 for c in counts)
     assert sum(f.startswith("images/plots/history") for f in files) == 3
-    table = json.loads(next((policy.parent / "run").glob("wandb/offline-run-*/files/media/table/completions*")).read_text())
-    assert {"prompt", "completion", "reason", "beam_rank", "rank_reward"} <= set(table["columns"]) and len(table["data"]) == 12
+    tables = (policy.parent / "run").glob("wandb/offline-run-*/files/media/table/completions*")
+    table = json.loads(next(tables).read_text())
+    assert {"prompt", "completion", "reason", "beam_rank", "rank_reward"} <= set(table["columns"])
+    assert len(table["data"]) == 12
     assert {row[table["columns"].index("beam_rank")] for row in table["data"]} == {0, 1, 2, 3}
-    assert "best/beam_rank_score" in said and "wandb:" not in done.stdout
+    assert "best/beam_rank_score" in text and "wandb:" not in done.stdout
 
 
 def test_one_flag_turns_it_off(policy):
@@ -67,9 +76,10 @@ def test_one_flag_turns_it_off(policy):
 
 
 def test_started_by_an_agent(policy):
-    "What the agent chose is in the run's config, booleans as booleans; its flags are on the command line too, booleans as words"
+    "The agent's choices are in the run's config, booleans as booleans, and on the command line, booleans as words"
     chosen = policy.parent / "config.yaml"
-    chosen.write_text("wandb_version: 1\nlearning_rate:\n  value: 0.00002\nuse_beam:\n  value: false\nshare_prefixes:\n  value: false\n")
+    chosen.write_text("wandb_version: 1\nlearning_rate:\n  value: 0.00002\n"
+                      "use_beam:\n  value: false\nshare_prefixes:\n  value: false\n")
     train(policy, "--use_beam=False", "--learning_rate=2e-05", "--max_steps=1", "--held_out=0",
           WANDB_SWEEP_ID="s1", WANDB_RUN_ID="r1", WANDB_SWEEP_PARAM_PATH=str(chosen), WANDB_MODE="offline")
     folder = policy.parent / "runs/sweeps/s1/trials/r1"

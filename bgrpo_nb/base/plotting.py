@@ -1,4 +1,6 @@
-"""The package's one style of figures."""
+"""One style for all figures of the package.
+
+matplotlib is imported only when a figure is drawn."""
 from contextlib import contextmanager
 
 from bgrpo_nb.base.assets import ASSETS
@@ -6,6 +8,6 @@ from bgrpo_nb.base.assets import ASSETS
 
 @contextmanager
 def use_style():
-    "The package's look for figures drawn inside"
+    "`with use_style() as plt:` figures drawn inside have the package's style; gives `matplotlib.pyplot`"
     import matplotlib.pyplot as plt
     with plt.style.context(ASSETS / "bgrpo.mplstyle"): yield plt

@@ -1,73 +1,91 @@
-"""TRL's `GRPOTrainer` with ranked beams for a group: what BGRPO changes, and nothing else.
+"""TRL's `GRPOTrainer` with the ranked beams of a search as its group: any model, any task with a verifier.
+
+## One step, worked out
+
+The smallest example: a group of four beams, two of them right. Each beam's advantage is its reward minus the mean,
+and the gradient raises or lowers the beam's log-probability in proportion.
 
 ## Two objectives
 
-| setting | `paper` | `original` |
-|---|---|---|
-| `scale_rewards` | none: reward − mean | group: divided by the standard deviation |
-| `loss_type` | grpo: mean over a completion's tokens, then over completions | bnpo: mean over all tokens |
-| `beta` (KL to the start) | 0 | 0.01 |
-| `num_iterations` | 1 | 5 |
-| `max_grad_norm` | 1.0 | 0.5 |
-| `use_bias_correction_kl` | on: the KL term is weighted by the ratio of new policy to old | off |
-
-A value given by hand wins over the objective's.
+`objective` names a set of values: `paper`, the default, or `original`, which the authors' scripts used. A value
+that is given explicitly overrides the objective's.
 
 ## Settings
 
-`BGRPOConfig` is TRL's `GRPOConfig` with our defaults and the fields below; every field of either is a flag of `bgrpo train`.
+`BGRPOConfig` is TRL's `GRPOConfig` with new defaults and the fields below. Every field of either is a flag of
+`bgrpo train`.
 
 ## BGRPOTrainer
 
-Any Hugging Face causal model, any dataset with a `prompt` column, any reward functions in TRL's form. They get `beam_rank` and `beam_score`
-(nats) beside `completion_ids`.
+Any Hugging Face causal model, any dataset with a `prompt` column, any reward functions in TRL's form. Reward
+functions get `beam_rank` and `beam_score` (nats) beside `completion_ids`.
+
+## Rollouts
+
+Prompts arrive as rows. Whole groups are searched, whichever process their rows are on, and each row gets its
+member of the group with its rank and score (`08_trl_batching`).
+
+## Log-probabilities
+
+TRL asks one method for the log-probabilities of the policy, the old policy and the reference policy. Here this
+method forwards the trie of the rows. What a trie cannot serve (images, a router's auxiliary loss, models without a
+tree) is forwarded in full rows by TRL's own code.
+
+## Micro-batches
+
+TRL shuffles rows before it cuts a generation batch into micro-batches. Here groups are shuffled, so that a group
+stays together and shares its trie.
+
+## Rewards of whole groups
+
+A group may lie on two processes. So everything that depends on a whole group is computed from what all processes
+have gathered: how many answers are right, which of them differ, the bonus, the balance and the advantages.
+
+## Validation
+
+With an `evaluator`, validation measures what the evaluator measures. It runs through TRL's own machinery, so
+`eval_steps`, `metric_for_best_model` and `load_best_model_at_end` work with any of its metrics.
+
+## A first run
+
+A model with random weights learns to name the digit that follows: after 3 comes 4. The verifier looks at one
+token. No labels, no supervised training before, a few seconds on a CPU.
+
+## One group, looked at closely
+
+What a reward function gets for one group, and what the trainer makes of it. A right answer is one whose first
+token has an even id.
 
 ## What is logged
 
-TRL's metrics, once a step, and the evaluator's, at each validation.
+TRL's metrics and those of whole groups, once a step. An evaluator adds its own at each validation, with the prefix
+`eval_`.
 
-| metric | formula |
-|---|---|
-| `reward` | mean over rows of the summed, weighted rewards |
-| `reward_std` | their standard deviation |
-| `frac_reward_zero_std` | share of groups whose rewards are all equal: they teach nothing |
-| `rewards/NAME/mean`, `/std` | the same for each reward function |
-| `valid` | share of completions that verify |
-| `groups/none_valid`, `/all_valid` | share of groups with no right completion, with right ones only |
-| `groups/distinct_valid` | mean over groups of the number of right answers that differ, by canonical form of the inner polynomials |
-| `completions/mean_length`, `min_`, `max_` | tokens of a completion, the end token included |
-| `completions/clipped_ratio` | share of completions that never ended |
-| `entropy` | mean over completion tokens of −Σ p log p, nats |
-| `kl` | mean over completion tokens of exp(r − l) − (r − l) − 1, r the reference's log-probability, l the policy's; with `beta` |
-| `clip_ratio/region_mean` | share of tokens whose ratio was clipped; 0 at the first pass over a batch |
-| `loss` | the objective; about 0 by construction under `paper` |
-| `grad_norm`, `learning_rate`, `step_time`, `num_tokens` | before clipping; of this step; seconds; prompt and completion tokens so far |
-| `runtime` | seconds that the run has taken so far, interruptions left out |
-| `eval_*` | the metrics of `evaluation`, and `eval_rank_distribution`; `eval_seconds` |
-| `eval_by_degree` | where the held-out problems have several degrees: the metrics of `evaluation` for each of them, `{"3∘2": {"beam_accuracy": ...}}`; `analysis` calls them `eval_beam_accuracy_3∘2`, ... |
-| `eval_kl_to_start` | mean over tokens of exp(d) − d − 1, d = log π(t) − log π₀(t), on one completion that the start π₀ drew for each held-out problem: an estimate of KL(π₀ ‖ π), nats a token, with any `beta` |
+## Aside: less memory
 
-A reward function of another task logs its verdicts with `log_extra("reason", [...])`, `ok` for right ones; without them a completion is right
-where its reward is above 0."""
+Three settings save memory and cost a little time: `prompts_at_once` searches fewer prompts together,
+`trie_elements` forwards fewer groups together, and `torch_empty_cache_steps=1` returns freed memory before each
+forward."""
 
 # AUTOGENERATED! DO NOT EDIT! File to edit: ../../nbs/09_trainer.ipynb.
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'BGRPOConfig', 'BGRPOTrainer']
+__all__ = ['OBJECTIVES', 'BGRPOConfig', 'BGRPOTrainer', 'whole_model']
 
 # %% ../../nbs/09_trainer.ipynb #f827c979
 import os
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterator
 
 # %% ../../nbs/09_trainer.ipynb #9baf8d12
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from fastcore.basics import patch
 from torch import Tensor
 from trl import GRPOConfig
 from trl.models import unwrap_model_for_generation
@@ -78,7 +96,8 @@ from ..base.processes import hand_back_memory
 from ..base.run_folder import lower_is_better
 from ..base.settings import setting
 from .exact_resume import ResumableGRPOTrainer
-from .rewards import BASELINES, REWARDS, VerifiedReward, advantages_of, balance_rewards, first_of_each
+from .rewards import (BASELINES, REWARDS, VerifiedReward, advantages_of, balance_rewards, check_choice,
+                                    first_of_each)
 from .trl_batching import (ROLLOUTS, group_order, positions_from_mask, roll_out, share_groups,
                                          trie_logps)
 from ..policy.model import load_model, load_tokenizer
@@ -86,8 +105,10 @@ from ..search.beam_tree import why_no_tree
 
 # %% ../../nbs/09_trainer.ipynb #42bcb3fc
 OBJECTIVES: dict[str, dict] = {
-    "paper":    dict(scale_rewards="none", loss_type="grpo", beta=0.0, num_iterations=1, max_grad_norm=1.0, use_bias_correction_kl=True),
-    "original": dict(scale_rewards="group", loss_type="bnpo", beta=0.01, num_iterations=5, max_grad_norm=0.5, use_bias_correction_kl=False),
+    "paper":    dict(scale_rewards="none", loss_type="grpo", beta=0.0, num_iterations=1, max_grad_norm=1.0,
+                     use_bias_correction_kl=True),
+    "original": dict(scale_rewards="group", loss_type="bnpo", beta=0.01, num_iterations=5, max_grad_norm=0.5,
+                     use_bias_correction_kl=False),
 }
 
 # %% ../../nbs/09_trainer.ipynb #7853e772
@@ -97,17 +118,22 @@ class BGRPOConfig(GRPOConfig):
     output_dir: str = setting("runs/bgrpo", "the run folder")
     rollout: str = setting("beam", "where a group comes from: beam (BGRPO), sample (GRPO) or mixed (half of each)")
     reward: str = setting("rank", "what a right beam is worth: rank, simple or reverse_rank")
-    balance_rewards: bool = setting(False, "scale negative rewards so that a group with right and wrong answers sums to zero")
-    baseline: str = setting("mean", "what makes an advantage of a reward: mean (of the group), leave_one_out, right_only (imitation) or minimum_risk")
-    distinct_bonus: float = setting(0.0, "added to the reward of the best-ranked of equivalent right answers in a group")
+    balance_rewards: bool = setting(
+        False, "scale negative rewards so that a group with right and wrong answers sums to zero")
+    baseline: str = setting(
+        "mean", "how a reward becomes an advantage: mean (of the group), leave_one_out, right_only or minimum_risk")
+    distinct_bonus: float = setting(
+        0.0, "added to the reward of the best-ranked of equivalent right answers in a group")
     objective: str = setting("paper", "paper (mean baseline) or original (the original scripts' settings)")
     share_prefixes: bool = setting(True, "gradients over the group's trie; off: every row in full, as TRL does")
     trie_elements: int = setting(2**26, "most elements of mask and logits in one forward over tries")
     prompts_per_step: int = setting(48, "prompts in a generation batch, over all processes")
     prompts_at_once: int | None = setting(None, "prompts searched together; left out: about 400 beams")
     num_generations: int = setting(16, "size of a group; with beams the beam width")
-    per_device_train_batch_size: int | None = setting(None, "rows of a micro-batch on a process; left out: from prompts_per_step")
-    per_device_eval_batch_size: int | None = setting(None, "rows of TRL's own evaluation, which an evaluator replaces")
+    per_device_train_batch_size: int | None = setting(
+        None, "rows of a micro-batch on a process; left out: from prompts_per_step")
+    per_device_eval_batch_size: int | None = setting(
+        None, "rows of TRL's own evaluation, which an evaluator replaces")
     max_steps: int = setting(100, "optimizer steps")
     learning_rate: float = setting(5e-5, "peak learning rate")
     warmup_steps: float = setting(8, "steps until the peak is reached")
@@ -118,199 +144,289 @@ class BGRPOConfig(GRPOConfig):
     scale_rewards: str | None = setting(None, "none, group or batch; left out: the objective's")
     loss_type: str | None = setting(None, "TRL's name of the loss; left out: the objective's")
     beta: float | None = setting(None, "weight of the KL divergence to the start; left out: the objective's")
-    num_iterations: int | None = setting(None, "optimizer passes over a generation batch; left out: the objective's")
-    max_grad_norm: float | None = setting(None, "gradient norm above which it is clipped; left out: the objective's")
-    use_bias_correction_kl: bool | None = setting(None, "TRL's correction of the KL term; left out: the objective's")
+    num_iterations: int | None = setting(
+        None, "optimizer passes over a generation batch; left out: the objective's")
+    max_grad_norm: float | None = setting(
+        None, "gradient norm above which it is clipped; left out: the objective's")
+    use_bias_correction_kl: bool | None = setting(
+        None, "TRL's correction of the KL term; left out: the objective's")
     logging_steps: float = setting(1, "steps between log lines")
     save_total_limit: int | None = setting(2, "checkpoints kept")
     report_to: str = setting("none", "where metrics go beside the run folder: none, wandb, ...")
     dataloader_pin_memory: bool = setting(False, "pin batches in memory; of use with a GPU only")
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES: raise ValueError(f"objective {self.objective!r} is not known; use one of {', '.join(OBJECTIVES)}")
+        check_choice("objective", self.objective, OBJECTIVES)
         for name, value in OBJECTIVES[self.objective].items():
             if getattr(self, name) is None: setattr(self, name, value)
-        _refuse(self)
+        for message in _faults(self): raise ValueError(message)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.bf16 is None: self.bf16 = not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.bf16 is None: self.bf16 = _wants_bf16(self)
         if self.per_device_train_batch_size is None: self.per_device_train_batch_size = _rows_per_process(self)
-        if self.per_device_eval_batch_size is None: self.per_device_eval_batch_size = self.num_generations_eval or self.num_generations
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = self.num_generations_eval or self.num_generations
         _check_rows(self)
-        if self.metric_for_best_model and self.greater_is_better is None: self.greater_is_better = not lower_is_better(self.metric_for_best_model)
+        best = self.metric_for_best_model
+        if best and self.greater_is_better is None: self.greater_is_better = not lower_is_better(best)
         super().__post_init__()
 
 # %% ../../nbs/09_trainer.ipynb #312866ea
-def _refuse(c: BGRPOConfig):
-    "One message for each setting that cannot work"
-    def wrong(message): raise ValueError(message)
-    if c.rollout not in ROLLOUTS: wrong(f"rollout {c.rollout!r} is not known; use one of {', '.join(ROLLOUTS)}")
-    if c.reward not in REWARDS: wrong(f"reward {c.reward!r} is not known; use one of {', '.join(REWARDS)}")
-    if c.baseline not in BASELINES: wrong(f"baseline {c.baseline!r} is not known; use one of {', '.join(BASELINES)}")
-    if c.baseline in ("right_only", "minimum_risk") and c.scale_rewards != "none":
-        wrong(f"baseline={c.baseline} knows no scale_rewards={c.scale_rewards}; use scale_rewards='none', or objective='paper'")
-    if c.distinct_bonus < 0: wrong(f"distinct_bonus={c.distinct_bonus} would punish an answer for being new; use 0 or more")
-    if c.num_generations < 2: wrong(f"num_generations={c.num_generations} leaves nothing to compare; a group needs 2 or more")
-    if c.prompts_per_step < 1: wrong(f"prompts_per_step={c.prompts_per_step} leaves nothing to learn from; use 1 or more")
-    if c.use_vllm: wrong("use_vllm=True cannot search with beams; leave it out, the search here reads each prompt once")
-    if c.rollout != "sample" and c.temperature != 1.0: wrong(f"temperature={c.temperature} has no meaning for beams; leave it at 1.0, or use rollout='sample'")
-    if not c.disable_dropout: wrong("disable_dropout=False makes each beam another policy's; leave it on")
-    if c.save_total_limit == 1 and c.metric_for_best_model: wrong("save_total_limit=1 cannot keep the best checkpoint and the last one; use 2 or more")
-    if c.mask_truncated_completions: wrong("mask_truncated_completions=True leaves truncated beams in the baseline; leave it off, they earn the "
-                                           "wrong answer's reward")
+def _faults(c: BGRPOConfig) -> Iterator[str]:
+    "A message for each setting that cannot work"
+    for name, known in (("rollout", ROLLOUTS), ("reward", REWARDS), ("baseline", BASELINES)):
+        check_choice(name, getattr(c, name), known)
+    yield from _faults_of_groups(c)
+    yield from _faults_with_beams(c)
 
-def _check_rows(c): # once every size is known
-    "Whole groups in a generation batch"
-    rows = c.generation_batch_size or c.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1)) * (c.steps_per_generation or c.gradient_accumulation_steps)
-    if rows % c.num_generations:
-        raise ValueError(f"a generation batch of {rows} rows holds no whole number of groups of num_generations={c.num_generations}; leave out "
-                         "per_device_train_batch_size and generation_batch_size and set prompts_per_step, or choose a multiple")
+def _faults_of_groups(c):
+    own_scale = c.baseline in ("right_only", "minimum_risk")
+    if own_scale and c.scale_rewards != "none":
+        yield (f"baseline={c.baseline} cannot be combined with scale_rewards={c.scale_rewards}; "
+               "use scale_rewards='none', or objective='paper'")
+    if c.distinct_bonus < 0:
+        yield f"distinct_bonus={c.distinct_bonus} would punish an answer for being new; use 0 or more"
+    if c.num_generations < 2:
+        yield f"num_generations={c.num_generations} leaves nothing to compare; a group needs 2 or more"
+    if c.prompts_per_step < 1:
+        yield f"prompts_per_step={c.prompts_per_step} leaves nothing to learn from; use 1 or more"
+
+def _faults_with_beams(c):
+    if c.use_vllm:
+        yield "use_vllm=True cannot search with beams; leave it out, the search here reads each prompt once"
+    if c.rollout != "sample" and c.temperature != 1.0:
+        yield f"temperature={c.temperature} has no meaning for beams; leave it at 1.0, or use rollout='sample'"
+    if not c.disable_dropout:
+        yield "disable_dropout=False gives each beam a different random policy; leave it on"
+    if c.save_total_limit == 1 and c.metric_for_best_model:
+        yield "save_total_limit=1 cannot keep the best checkpoint and the last one; use 2 or more"
+    if c.mask_truncated_completions:
+        yield ("mask_truncated_completions=True leaves truncated beams in the baseline; leave it off, "
+               "they earn the wrong answer's reward")
+
+# %% ../../nbs/09_trainer.ipynb #f6309b7c
+def _processes(): return int(os.environ.get("WORLD_SIZE", 1))
 
 def _rows_per_process(c: BGRPOConfig) -> int: # rows of a micro-batch
-    "What makes prompts_per_step prompts a generation batch"
-    rows, parts = c.num_generations * c.prompts_per_step, int(os.environ.get("WORLD_SIZE", 1)) * c.gradient_accumulation_steps
-    if rows % parts: raise ValueError(f"prompts_per_step={c.prompts_per_step} groups of {c.num_generations} do not divide into {parts} equal parts "
-                                      "(processes x gradient_accumulation_steps); choose a multiple")
+    "So many that a generation batch holds prompts_per_step groups"
+    rows = c.num_generations * c.prompts_per_step
+    parts = _processes() * c.gradient_accumulation_steps
+    if rows % parts:
+        raise ValueError(f"prompts_per_step={c.prompts_per_step} groups of {c.num_generations} do not divide into "
+                         f"{parts} equal parts (processes x gradient_accumulation_steps); choose a multiple")
     return rows // parts
 
+def _check_rows(c): # once every size is known
+    "A generation batch holds whole groups"
+    micro_batches = c.steps_per_generation or c.gradient_accumulation_steps
+    rows = c.generation_batch_size or c.per_device_train_batch_size * _processes() * micro_batches
+    if rows % c.num_generations:
+        raise ValueError(f"a generation batch of {rows} rows holds no whole number of groups of num_generations="
+                         f"{c.num_generations}; leave out per_device_train_batch_size and generation_batch_size and "
+                         "set prompts_per_step, or choose a multiple")
+
+def _wants_bf16(c) -> bool:
+    on_gpu = not c.use_cpu and torch.cuda.is_available()
+    return not c.fp16 and on_gpu and torch.cuda.is_bf16_supported()
+
 # %% ../../nbs/09_trainer.ipynb #a325a197
-def _with_reward_setting(reward_funcs, reward: str):
-    "The `reward` setting goes to the functions that wait for one; refused where none can obey it"
-    if reward_funcs is None: raise ValueError("reward_funcs is missing; give a function in TRL's form, or VerifiedReward(verify)")
-    several = isinstance(reward_funcs, (list, tuple))
-    found = list(reward_funcs) if several else [reward_funcs]
-    verified = [f for f in found if isinstance(f, VerifiedReward)]
-    if reward != BGRPOConfig.reward and not any(f.reward in (None, reward) for f in verified):
-        raise ValueError(f"reward={reward!r} reaches no reward function; make one with VerifiedReward(verify), or leave the setting out")
-    done = [VerifiedReward(f.verify, f.answer_keys, reward) if f in verified and f.reward is None else f for f in found]
-    return done if several else done[0]
-
-
 class BGRPOTrainer(ResumableGRPOTrainer):
     "GRPO whose group is the ranked beams of a beam search (arXiv:2508.15766)"
     _tag_names, _name = ["trl", "grpo", "bgrpo"], "BGRPO"
 
     def __init__(self, model,                      # a model, a bundled policy's name, or a folder
-                 reward_funcs,                     # one or several in TRL's form; `VerifiedReward` makes one of a verifier
+                 reward_funcs,                     # one or several in TRL's form, for instance a `VerifiedReward`
                  args: BGRPOConfig | None = None,
                  train_dataset=None,               # with a column `prompt`
                  eval_dataset=None,
                  processing_class=None,            # tokenizer; default: the model's
-                 evaluator: Callable | None = None, # (model, tokenizer) -> dict of metrics; replaces TRL's evaluation by reward
+                 evaluator: Callable | None = None, # (model, tokenizer) -> metrics; replaces TRL's evaluation by reward
                  **kwargs):                        # of GRPOTrainer
         args = BGRPOConfig() if args is None else args
         if isinstance(model, (str, Path)):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model, device="cpu")
-        if args.beta and not (model.config._name_or_path or kwargs.get("peft_config")):
-            raise ValueError(f"beta={args.beta} needs a reference policy, which is read again from where the model was loaded; this one was built "
-                             "in memory. Save it with save_model and load it with load_model, or set beta=0")
+        _check_reference(model, args.beta, kwargs.get("peft_config"))
         reward_funcs = _with_reward_setting(reward_funcs, args.reward)
         self.evaluator, self._warned = evaluator, False
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
-            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, rollout_func=self._roll_out, **kwargs)
-        for m in filter(None, (model, self.ref_model)):
-            positions_from_mask(self.accelerator.unwrap_model(m))
-            for part in m.modules():
-                if isinstance(getattr(part, "attention_dropout", None), float): part.attention_dropout = 0.0  # TRL turns off nn.Dropout alone
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
+                             rollout_func=self._roll_out, **kwargs)
+        for policy in filter(None, (model, self.ref_model)):
+            positions_from_mask(self.accelerator.unwrap_model(policy))
+            _attention_dropout_off(policy)
+
+# %% ../../nbs/09_trainer.ipynb #026bde48
+def _check_reference(model, beta, peft_config):
+    if beta and not (model.config._name_or_path or peft_config):
+        raise ValueError(f"beta={beta} needs a reference policy, which is read again from where the model was loaded; "
+                         "this one was built in memory. Save it with save_model and load it with load_model, or set "
+                         "beta=0")
+
+def _with_reward_setting(reward_funcs, reward: str):
+    "The same functions; a VerifiedReward without a reward rule of its own gets the setting's"
+    if reward_funcs is None:
+        raise ValueError("reward_funcs is missing; give a function in TRL's form, or VerifiedReward(verify)")
+    several = isinstance(reward_funcs, (list, tuple))
+    found = list(reward_funcs) if several else [reward_funcs]
+    verified = [f for f in found if isinstance(f, VerifiedReward)]
+    obeyed = any(f.reward in (None, reward) for f in verified)
+    if reward != BGRPOConfig.reward and not obeyed:
+        raise ValueError(f"reward={reward!r} reaches no reward function; make one with VerifiedReward(verify), or "
+                         "leave the setting out")
+    for k, f in enumerate(found):
+        if f in verified and f.reward is None: found[k] = VerifiedReward(f.verify, f.answer_keys, reward)
+    return found if several else found[0]
+
+def _attention_dropout_off(model):
+    for part in model.modules():
+        if isinstance(getattr(part, "attention_dropout", None), float): part.attention_dropout = 0.0
 
 # %% ../../nbs/09_trainer.ipynb #8e508532
 @contextmanager
 def whole_model(trainer): # the plain model, whole, without gradients
     "Unwrapped and gathered, as TRL generates"
-    with (unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-                                      gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs) as model,
-          torch.no_grad(), trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False)):
+    args, wrapped = trainer.args, trainer.model_wrapped
+    unwrapped = unwrap_model_for_generation(wrapped, trainer.accelerator,
+                                            gather_deepspeed3_params=args.ds3_gather_for_generation,
+                                            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+    with unwrapped as model, torch.no_grad(), trainer._dist.summon_full_params(wrapped, recurse=False):
         yield model
-
-# %% ../../nbs/09_trainer.ipynb #f855351a
-from fastcore.basics import patch
 
 # %% ../../nbs/09_trainer.ipynb #8cc34d50
 @patch
-def _group_size(self: BGRPOTrainer) -> int: return self.num_generations if self.model.training else self.num_generations_eval
+def _group_size(self: BGRPOTrainer) -> int:
+    return self.num_generations if self.model.training else self.num_generations_eval
 
 @patch
 def _roll_out(self: BGRPOTrainer, prompts: list, trainer) -> dict: # TRL's rollout fields, and beam_rank, beam_score
     "Completions of this process's rows"
     prompt_ids, _, _ = self._tokenize_prompts(prompts)
-    G, sharded = self._group_size(), self.is_fsdp_enabled or self.is_deepspeed_enabled
-    generator = torch.Generator(self.args.device).manual_seed(self.args.seed + self._step) if sharded else None  # all draw alike, so all search as long
+    args, G = self.args, self._group_size()
+    sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+    generator = torch.Generator(args.device).manual_seed(args.seed + self._step) if sharded else None
     with whole_model(self) as model:
         def search(group_prompts):
-            return roll_out(model, group_prompts, G, self.max_completion_length, self.eos_token_ids, self._tokenizer.pad_token_id, self.args.rollout,
-                            self.temperature, self.args.prompts_at_once, generator)
+            return roll_out(model, group_prompts, G, self.max_completion_length, self.eos_token_ids,
+                            self._tokenizer.pad_token_id, args.rollout, self.temperature, args.prompts_at_once,
+                            generator)
         members = share_groups(prompt_ids, G, search, self.accelerator.process_index, everywhere=sharded)
     return dict(prompt_ids=prompt_ids, completion_ids=[m.ids for m in members], logprobs=None,
                 beam_rank=[m.beam_rank for m in members], beam_score=[m.score for m in members])
 
 # %% ../../nbs/09_trainer.ipynb #8c60ae50
 @patch
-def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
-                                       compute_aux_loss=False, **multimodal):
+def _can_share(self: BGRPOTrainer, model, width, compute_aux_loss, multimodal) -> bool:
+    "Whether rows may be forwarded as a trie; one warning where the model does not allow it"
+    if not self.args.share_prefixes or compute_aux_loss: return False
+    if any(v is not None for v in multimodal.values()): return False
+    reason = why_no_tree(self.accelerator.unwrap_model(model), width)
+    if reason is None: return True
+    if not self._warned: warnings.warn(f"every row is forwarded in full, which is slower: {reason}")
+    self._warned = True
+    return False
+
+@patch
+def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep,
+                                       batch_size=None, compute_entropy=False, compute_aux_loss=False, **multimodal):
     "Per-token log-probabilities and entropies (N, C), over the trie of the rows where that is possible"
+    self._hand_back_memory()
+    if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
+        with self.accelerator.autocast():
+            logps, entropies = trie_logps(model, input_ids, attention_mask, logits_to_keep, self.temperature,
+                                          compute_entropy, self.args.trie_elements)
+        return logps, entropies, None
+    in_full_rows = super(BGRPOTrainer, self)._get_per_token_logps_and_entropies
+    return in_full_rows(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
+                        compute_aux_loss, **multimodal)
+
+@patch
+def _hand_back_memory(self: BGRPOTrainer):
+    "On a CPU: freed memory goes back to the system at every torch_empty_cache_steps-th step"
     every = self.args.torch_empty_cache_steps
-    if every and self.args.device.type == "cpu" and self.state.global_step % every == 0: hand_back_memory()
-    if self.args.share_prefixes and not compute_aux_loss and not any(v is not None for v in multimodal.values()):
-        reason = why_no_tree(self.accelerator.unwrap_model(model), input_ids.shape[1])
-        if reason is None:
-            with self.accelerator.autocast():
-                return *trie_logps(model, input_ids, attention_mask, logits_to_keep, self.temperature, compute_entropy, self.args.trie_elements), None
-        if not self._warned: warnings.warn(f"every row is forwarded in full, which is slower: {reason}")
-        self._warned = True
-    return super(BGRPOTrainer, self)._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
-                                                                        compute_aux_loss, **multimodal)
+    on_cpu = self.args.device.type == "cpu"
+    if every and on_cpu and self.state.global_step % every == 0: hand_back_memory()
 
 # %% ../../nbs/09_trainer.ipynb #68915476
 @patch
 def _prepare_inputs(self: BGRPOTrainer, generation_batch):
     "The next micro-batch; generates where the buffer is used up"
-    if not self.model.training or not self.args.share_prefixes: return super(BGRPOTrainer, self)._prepare_inputs(generation_batch)
-    if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
+    if not self.model.training or not self.args.share_prefixes:
+        return super(BGRPOTrainer, self)._prepare_inputs(generation_batch)
+    micro_batches = self.args.steps_per_generation
+    used_up = self._step % (micro_batches * self.num_iterations) == 0
+    if used_up or self._buffered_inputs is None:
         batch = self._generate_and_score_completions(generation_batch)
         order = group_order(batch["prompt_ids"], batch["prompt_mask"])
-        batch = {k: v[order] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
-        self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
-    return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        def by_row(value): return isinstance(value, Tensor) and value.ndim
+        batch = {name: value[order] if by_row(value) else value for name, value in batch.items()}
+        self._buffered_inputs = split_tensor_dict(batch, micro_batches)
+    return self._buffered_inputs[self._step % micro_batches]
 
 # %% ../../nbs/09_trainer.ipynb #dfed0b90
 @patch
-def _right_answers(self: BGRPOTrainer, completion_ids, rewards) -> list[list]: # a list a group: keys, None where an answer is not right
-    "By the verdicts that the reward function logged, else by a reward above 0"
-    logged, ids = self._pending_extra_logs, [tuple(row) for row in completion_ids]
-    own = logged.get("answer_key") or ids
-    if reasons := logged.get("reason"): keys = gather_object([k if r == "ok" else None for k, r in zip(own, reasons)])
-    else: keys = [k if r > 0 else None for k, r in zip(gather_object(own), rewards.nansum(1).tolist())]
-    return [keys[i:i + self._group_size()] for i in range(0, len(keys), self._group_size())]
+def _right_answers(self: BGRPOTrainer, completion_ids, rewards) -> list[list]: # a list for each group
+    "The key of each answer, None where it is not right"
+    logged, G = self._pending_extra_logs, self._group_size()
+    own_keys = logged.get("answer_key") or [tuple(ids) for ids in completion_ids]
+    own_reasons = logged.get("reason")
+    if own_reasons:
+        keys = gather_object([key if reason == "ok" else None for key, reason in zip(own_keys, own_reasons)])
+    else:
+        totals = rewards.nansum(1).tolist()                               # of all processes already
+        keys = [key if total > 0 else None for key, total in zip(gather_object(own_keys), totals)]
+    return [keys[i:i + G] for i in range(0, len(keys), G)]
 
 @patch
-def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, completion_ids_list) -> Tensor: # (rows of all processes, functions)
-    "TRL's; with the bonus and the balance that are asked for, and what is logged of each group"
-    rewards = super(BGRPOTrainer, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+def _log_groups(self: BGRPOTrainer, groups):
+    "Shares of groups without a right answer and with right ones only; how many right answers differ"
+    right = [[key for key in group if key is not None] for group in groups]
+    values = dict(none_valid=[not r for r in right],
+                  all_valid=[len(r) == len(group) for r, group in zip(right, groups)],
+                  distinct_valid=[len(set(r)) for r in right])
+    metrics = self._metrics["train" if self.model.training else "eval"]
+    for name, found in values.items(): metrics[f"groups/{name}"].append(sum(found) / len(found))
+
+# %% ../../nbs/09_trainer.ipynb #d87760df
+def _bonus(groups) -> list[bool]: # of all rows: whether a row earns the bonus
+    return [first for group in groups for first in first_of_each([""] * len(group), group)]
+
+def _balanced(rewards: Tensor, # (rows, functions)
+              G: int) -> Tensor:
+    "Each function's rewards, balanced group by group"
+    columns = []
+    for column in rewards.T.tolist():
+        groups = [balance_rewards(column[i:i + G]) for i in range(0, len(column), G)]
+        columns.append(sum(groups, []))
+    return torch.tensor(columns, device=rewards.device).T
+
+@patch
+def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, completion_ids_list) -> Tensor:
+    "TRL's (rows of all processes, functions), with bonus and balance; logs what depends on whole groups"
+    stock = super(BGRPOTrainer, self)._calculate_rewards
+    rewards = stock(inputs, prompts, completions, completion_ids_list)
+    args, G = self.args, self._group_size()
     groups = self._right_answers(completion_ids_list, rewards)
-    right = [[k for k in g if k is not None] for g in groups]
-    for name, values in dict(none_valid=[not r for r in right], all_valid=[len(r) == len(g) for r, g in zip(right, groups)], distinct_valid=[len(set(r)) for r in right]).items():
-        self._metrics["train" if self.model.training else "eval"][f"groups/{name}"].append(sum(values) / len(values))
-    if "beam_rank" in inputs[0]: self._log_completion_extra("beam_rank", [x["beam_rank"] for x in inputs])
-    if self.args.distinct_bonus: rewards[:, 0] += self.args.distinct_bonus * torch.tensor([x for g in groups for x in first_of_each([""] * len(g), g)], device=rewards.device)
-    if self.args.balance_rewards:
-        by_group = rewards.T.reshape(len(rewards.T), -1, self._group_size())
-        rewards = torch.tensor([[balance_rewards(g) for g in column] for column in by_group.tolist()], device=rewards.device).reshape(len(rewards.T), -1).T
-    if self.args.baseline in ("right_only", "minimum_risk"):
+    self._log_groups(groups)
+    if "beam_rank" in inputs[0]: self._log_completion_extra("beam_rank", [row["beam_rank"] for row in inputs])
+    if args.distinct_bonus: rewards[:, 0] += args.distinct_bonus * torch.tensor(_bonus(groups), device=rewards.device)
+    if args.balance_rewards: rewards = _balanced(rewards, G)
+    if args.baseline in ("right_only", "minimum_risk"):
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1).tolist()
-        scores = gather_object([x.get("beam_score", 0.0) for x in inputs])
-        self._advantages = advantages_of(totals, self._group_size(), self.args.baseline, scores)
+        scores = gather_object([row.get("beam_score", 0.0) for row in inputs])
+        self._advantages = advantages_of(totals, G, args.baseline, scores)
     return rewards
 
 @patch
 def _generate_and_score_completions(self: BGRPOTrainer, inputs) -> dict: # a batch, ready for the loss
     "TRL's, with the advantages that `baseline` names"
     batch, G = super(BGRPOTrainer, self)._generate_and_score_completions(inputs), self._group_size()
-    if self.args.baseline == "leave_one_out": batch["advantages"] = batch["advantages"] * G / (G - 1)   # of those against the mean of all
+    advantages = batch["advantages"]                                     # against the mean of the group
+    if self.args.baseline == "leave_one_out": batch["advantages"] = advantages * G / (G - 1)
     elif self.args.baseline != "mean":
-        n = len(batch["advantages"])
-        batch["advantages"] = batch["advantages"].new_tensor(self._advantages[n * self.accelerator.process_index:][:n])
+        n, index = len(advantages), self.accelerator.process_index
+        batch["advantages"] = advantages.new_tensor(self._advantages[n * index:][:n])
     return batch
 
 # %% ../../nbs/09_trainer.ipynb #685cd6f8
@@ -321,7 +437,8 @@ def evaluate(self: BGRPOTrainer, eval_dataset=None, ignore_keys=None, metric_key
     start, training = time.perf_counter(), self.model.training
     self.model.eval()
     with whole_model(self) as model: found = self.evaluator(model, self.processing_class)
-    metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()} | {f"{metric_key_prefix}_seconds": round(time.perf_counter() - start, 2)}
+    found = found | dict(seconds=round(time.perf_counter() - start, 2))
+    metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
     self.log(dict(metrics))
     self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
     self.model.train(training)

@@ -1,6 +1,6 @@
-"""What a training does beside its steps: it logs, draws, shows progress, and stops cleanly at a signal.
+"""What a training does besides its steps: it logs, draws, shows progress, and stops cleanly at a signal.
 
-Shared by the recipes; it knows neither problems nor rewards."""
+These are callbacks of Transformers' `Trainer`. Both recipes use them; they know neither problems nor rewards."""
 import json
 import signal
 import sys
@@ -16,34 +16,41 @@ from bgrpo_nb.base.run_folder import read_metrics
 
 
 class RunLog(TrainerCallback):
-    "Appends what a trainer logs to `metrics.jsonl`, one line a time, with the seconds that the run has taken so far"
+    "Appends what a trainer logs to `metrics.jsonl`, with the step and the run's seconds so far"
     def __init__(self, folder):
         self.path = Path(folder) / "metrics.jsonl"
-        before = read_metrics(self.path) if self.path.exists() else []
-        self.started = time.time() - max((row.get("runtime", 0) for row in before), default=0)
+        earlier = read_metrics(self.path) if self.path.exists() else []
+        taken = max((row.get("runtime", 0) for row in earlier), default=0)    # before the run was resumed
+        self.started = time.time() - taken
 
-    def runtime(self): return round(time.time() - self.started, 1)
+    def runtime(self):
+        "Seconds that the run has taken, also before it was resumed"
+        return round(time.time() - self.started, 1)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs: return
-        row = {"step": state.global_step, "runtime": self.runtime(), **{k: v for k, v in logs.items() if isinstance(v, (int, float, dict))}}
+        numbers = {name: value for name, value in logs.items() if isinstance(value, (int, float, dict))}
+        row = {"step": state.global_step, "runtime": self.runtime(), **numbers}
         try:
             with self.path.open("a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
         except OSError as e:
-            raise OSError(f"{self.path} cannot be written at step {state.global_step} ({e.strerror}); the checkpoints before it are whole: "
-                          "free some space and go on with --resume") from e
+            raise OSError(f"{self.path} cannot be written at step {state.global_step} ({e.strerror}); "
+                          "the earlier checkpoints are whole: free some space and continue with --resume") from e
 
 
 class PlotHistory(TrainerCallback):
-    "Redraws a run's figure after each validation; in a notebook it is shown and replaced in its place"
+    "Draws a run's figure again after each validation; a notebook shows the newest one"
     def __init__(self, folder, draw): # draw(rows, path)
-        self.folder, self.draw, self.shown = Path(folder), draw, None
+        self.folder, self.draw = Path(folder), draw
+        self.shown = None    # IPython's handle of the figure that a notebook shows
 
     def on_evaluate(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
         path = self.folder / "plots" / "history.png"
         try: self.draw(read_metrics(self.folder / "metrics.jsonl"), path)
-        except OSError as e: return warnings.warn(f"{path} cannot be drawn ({e})")     # no reason to end a training
+        except OSError as e:     # no reason to end a training
+            warnings.warn(f"{path} cannot be drawn ({e})")
+            return
         if not args.disable_tqdm and _in_notebook(): self._show(path)
 
     def _show(self, path):
@@ -56,10 +63,16 @@ def _in_notebook(): return "IPython" in sys.modules and hasattr(sys.modules["IPy
 
 
 class StopCleanly(TrainerCallback):
-    "Ctrl-C or SIGTERM, at any process: all finish the step, save, end. A second Ctrl-C ends at once"
+    """After Ctrl-C or SIGTERM, at any process, all processes finish the step, save a checkpoint and end.
+
+    Use it as `with StopCleanly() as stop:`. `stop.everywhere` says afterwards whether the run was stopped. A second
+    Ctrl-C ends the process at once."""
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self): self.asked, self.everywhere, self.before = False, False, {}
+    def __init__(self):
+        self.asked = False         # this process got a signal
+        self.everywhere = False    # some process did, and all know it
+        self.before = {}           # the handlers that were there
 
     def __enter__(self):
         try: self.before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
@@ -74,22 +87,27 @@ class StopCleanly(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:
+        self.everywhere = self.asked
+        if args.world_size > 1:    # a signal does not reach all processes within the same step
             from accelerate.utils import gather_object
-            self.everywhere = any(gather_object([self.asked]))   # a signal does not reach all processes within the same step
-        else: self.everywhere = self.asked
+            self.everywhere = any(gather_object([self.asked]))
         if self.everywhere: control.should_save = control.should_training_stop = True
 
 
 class Progress(TrainerCallback):
-    "One bar with the time left and the newest value of a few logged keys"
-    def __init__(self, keys): self.keys, self.values, self.bar = keys, {}, None
+    "One progress bar with the time left and the newest values of a few logged metrics"
+    def __init__(self, keys): # names of the metrics
+        self.keys = keys
+        self.values = {}
+        self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero: self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+        if not state.is_world_process_zero: return
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.values |= {k: f"{logs[k]:.3f}" for k in self.keys if isinstance((logs or {}).get(k), float)}
+        logs = logs or {}
+        self.values |= {key: f"{logs[key]:.3f}" for key in self.keys if isinstance(logs.get(key), float)}
         if self.bar is not None: self.bar.set_postfix(self.values)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -100,7 +118,7 @@ class Progress(TrainerCallback):
 
 
 def show_progress(trainer, *keys):
-    "`Progress` instead of a trainer's own bar and printed dictionaries; nothing at all under `disable_tqdm`"
-    disable_progress_bar()  # one for each file that is read or written
+    "Give a trainer our `Progress` in place of its own bar and its printed dictionaries; none under `disable_tqdm`"
+    disable_progress_bar()  # Transformers shows one for each file that it reads or writes
     for callback in (ProgressCallback, PrinterCallback): trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm: trainer.add_callback(Progress(keys))

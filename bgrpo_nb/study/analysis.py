@@ -1,49 +1,78 @@
-"""From finished runs to one table, and from the table to what may be said: which setting is better, by how much, and whether chance would do the same.
+"""Is one setting better than another, by how much, and could chance do the same?
 
-## Runs, wherever they are told of
+## The smallest example: six runs
 
-A run ends as a folder, as a row at W&B, as a trial in an Optuna journal. `run_sources` reads each of them into the same `Run`: name, state
-(finished, failed, pruned, running), settings, validations, seed, and what it depends on. It is plumbing, except for what happens to values on the way.
+Three seeds, each trained once with beams and once with samples.
 
-## One table
+## A comparison
 
-A row for each run: `run`, `state`, `attempt`, `planned`, `seed`, the parameters, the metrics of the last validation, `seconds`, `commit`, `date`,
-`folder`. Whoever has it, a person, a widget or the report, asks it the same questions.
+A `Comparison` is a treatment's mean minus the baseline's with a 95 % interval, its p, the smallest p that was
+possible, and a sentence: found, not found or undecided.
 
-## The difference of two arms
+## Arms, blocks and pairs
 
-An **arm** is a value of one column, by default `rollout`: `beam` is BGRPO, `sample` is GRPO. A pair is two finished runs, one of each arm, that agree
-in every other parameter and in the seed.
+An arm is a value of one column, by default `rollout`: `beam` is BGRPO, `sample` is GRPO. A block holds one
+finished run of each arm that agree in all other parameters and the seed; a pair is a block of two arms.
 
-The interval is a BCa bootstrap over pairs, the p value a sign-flip test: exact up to 13 pairs, 9,999 random sign patterns beyond. A difference is
-called *found* where p ≤ 0.05. That is the sign-flip test's word and not the interval's, for the bootstrap of a few pairs is too narrow.
+## What to know before a difference is believed
+
+Three things give a difference another meaning: a setting that changes with the arm, runs without a partner, and a
+sweep that chose its points by their results. `notes` names each.
+
+## The difference
+
+`difference` compares one treatment with the baseline. Its `unit` says what is counted: pairs, seeds (the
+differences of a seed are averaged first), or runs, unpaired.
+
+## In sentences
+
+`conclusion` says all this in sentences: the joint test if there are more than two arms, each comparison, and what
+to know before they are believed. The same lines are printed by `bgrpo analyze` and open the report.
+
+## A simulated sweep
+
+To see what the tests can do, one needs sweeps whose truth is known. In a simulated sweep the truth is a parameter:
+an effect of the arm, of each learning rate, of the seed on all arms, and of everything else on a single run.
+
+## Are pairs independent?
+
+Two pairs with the same seed and different learning rates share what the seed adds to one arm. If that is much,
+twelve pairs are not twelve independent observations. `unit="seeds"` averages the differences of a seed first and
+counts seeds.
+
+## A recorded sweep
+
+Eighteen of the runs behind the study: groups of beams, of samples and of both halves, six seeds each, from `tiny`
+to degree 3∘2. The table is what `make study` recorded.
 
 ## Importance
 
-Which parameter moves the metric most? fANOVA fits a random forest and shares out its variance. The shares sum to 1 **even where nothing matters**:
-a forest fits noise, too. So the table says what such a forest explains of runs that it did not see (out of bag); near 0 or below it, the shares
-are of noise. The seed is one of the parameters: what matters less than the seed is lost in luck.
+Which parameter moves the metric most? fANOVA fits a random forest and divides its variance among the parameters.
+The shares sum to 1 even where nothing matters, since a forest also fits noise.
 
-## Figures
+## The next experiment
 
-`run_figures` draws; what is drawn is asked of the table, so that the numbers of every figure can be had: `pairs`, `importance`, and the two below.
-Bands are 95 % intervals over runs. A degree is that of outer and inner polynomial, or of f alone where there are several variables.
+The best configuration of a sweep was chosen because it was best, so what the sweep shows for it is too good.
+`rerun` gives the commands that train it again, in every arm, on seeds that the sweep did not use.
 
 ## The report
 
-One HTML file with everything in it: tables that sort at a click, figures as vector graphics that follow the page's colours, light or dark. Nothing is
-fetched from anywhere. Beside it lie `tidy.csv` and, for each figure, its numbers."""
+`report` writes one HTML file with everything in it: tables that sort at a click, and figures that follow the
+page's colours, light or dark. It loads nothing from the network.
+
+## Deviations
+
+The original scripts compared the best run of each arm, which favours the arm that was tried more often. Here every
+finished run counts."""
 
 # AUTOGENERATED! DO NOT EDIT! File to edit: ../../nbs/11_analysis.ipynb.
 
 # %% auto #0
-__all__ = ['NOT_TRIED', 'DERIVED', 'ENOUGH', 'RunTable', 'tidy', 'read_runs', 'Comparison', 'simulate']
+__all__ = ['UNITS', 'MIN_RUNS_FOR_IMPORTANCE', 'Comparison', 'JointTest', 'simulate', 'RunTable', 'read_runs']
 
 # %% ../../nbs/11_analysis.ipynb #a804e52c
-import html
-import re
 import shlex
-from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,388 +80,433 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from scipy import stats
 
 # %% ../../nbs/11_analysis.ipynb #905c8a3a
-from .analysis_figures import ARM, Figures, shown
+from .analysis_figures import categories
 from .analysis_report import write_report
-from .run_readers import METRIC, Run, collect, mend
+from .permutation_tests import (
+    ALPHA, MOST_TREATMENTS, block_test, blocks_needed, bootstrap_interval, correct, mean_difference, pooled_test,
+    runs_needed, smallest_block_p, smallest_pooled_p)
+from .run_readers import ARM, METRIC, parse_value
+from .run_table import RunTable, read_runs
 
-# %% ../../nbs/11_analysis.ipynb #a71b663e
-@dataclass
-class RunTable(Figures):
-    "Runs of one or several sources; every figure and every test looks at `table` alone"
-    table: pd.DataFrame   # a row a run
-    parameters: list[str] # columns: what was tried
-    metrics: list[str]    # columns: `eval_*`, last validation
-    history: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["run", "step"])) # run, step, metrics
-    reasons: dict[str, str] = field(default_factory=dict)  # run -> why it is not finished
-    fixed: dict = field(default_factory=dict)              # settings that all runs share
-    account: dict = field(default_factory=dict)            # the sweep's file: method, parameters
-
-    def __len__(self): return len(self.table)
-
-    def filter(self, **equals) -> "RunTable": # column=value, or column=[values]
-        "Only the runs that have these values"
-        if unknown := sorted(set(equals) - set(self.table)): raise ValueError(f"there is no column {', '.join(unknown)}; there are: {', '.join(self.table)}")
-        keep = np.logical_and.reduce([self.table[k].isin(v if isinstance(v, (list, tuple, set)) else [v]) for k, v in equals.items()] or [np.ones(len(self), bool)])
-        table = self.table[keep].reset_index(drop=True)
-        return replace(self, table=table, history=self.history[self.history.run.isin(table.run)].reset_index(drop=True), account=self.account | {"parameters": {}})
-
-    def finished(self, metric: str = METRIC) -> pd.DataFrame:
-        "Finished runs that have a finite value of the metric; ValueError where there is none"
-        if metric not in self.metrics: raise ValueError(f"no run has {metric}; there are: {', '.join(self.metrics) or '(none: train with validation problems)'}")
-        done = self.table[self.table.state == "finished"]
-        why = next((f"; {n}: {r}" for n, r in self.reasons.items() if r and n in set(self.table.run)), "")
-        if done.empty: raise ValueError(f"no run is finished ({self.counts()}); wait, or resume the sweep{why}")
-        done = done[np.isfinite(done[metric])]
-        if done.empty: raise ValueError(f"no finished run has a finite {metric}; choose another --metric among {', '.join(self.metrics)}")
-        return done
-
-    def counts(self) -> str:
-        "How many runs are in which state"
-        return ", ".join(f"{n} {state}" for state, n in self.table.state.value_counts().items())
-
-    def best(self, metric: str = METRIC, n: int = 5, minimize: bool = False) -> pd.DataFrame:
-        "The best finished runs, best first"
-        return self.finished(metric).sort_values(metric, ascending=minimize, kind="stable").head(n)[["run", *self.parameters, "seed", metric]]
-
-    def to_csv(self, path) -> Path:
-        "The table, and with it why a run is not finished"
-        self.table.assign(reason=[self.reasons.get(r, "") for r in self.table.run]).to_csv(path, index=False)
-        return Path(path)
-
-    def __repr__(self): return f"{len(self)} runs ({self.counts()}); parameters {', '.join(self.parameters) or '(none)'}; metrics {', '.join(self.metrics) or '(none)'}"
-    def _repr_html_(self):
-        table = self.table.drop(columns=["folder", "commit", "date"])
-        return f"<p>{html.escape(repr(self))}</p>" + table.to_html(index=False, na_rep="", float_format="{:.4g}".format)
-
-# %% ../../nbs/11_analysis.ipynb #a9a33234
-NOT_TRIED = {"output_dir", "seed", "data_seed", "run_name", "logging_dir", "resume", "planned", "attempt", "commit", "date"}
-DERIVED = {"per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "steps_per_generation", "num_generations_eval", "max_completion_length",
-           "scale_rewards", "loss_type", "beta", "num_iterations", "max_grad_norm", "use_bias_correction_kl"} # follow from other settings
-
-def _column(values) -> pd.Series: # Int64 where every number is whole, float64 for other numbers, else as they are
-    known = [v for v in values if v is not None]
-    if not known or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in known): return pd.Series(list(values), dtype=object)
-    numbers = pd.Series([np.nan if v is None else float(v) for v in values], dtype=float)
-    return numbers.astype("Int64") if all(float(v).is_integer() for v in known) else numbers
-
-def _tried(found: list[Run], named, planned) -> tuple[dict[str, list], dict]: # values of each parameter, run by run; settings that all runs share
-    rows = [{k: mend(v) for k, v in r.parameters.items() if k not in NOT_TRIED} for r in found]
-    for row in rows:
-        if "use_beam" in row: row.setdefault("rollout", "beam" if row.pop("use_beam") else "sample")
-        if "beam_width" in row: row.setdefault("num_generations", row.pop("beam_width"))
-    columns = {k: [row.get(k) for row in rows] for k in dict.fromkeys(k for row in rows for k in row)}
-    codes = {k: tuple(pd.factorize(pd.Series([str(v) for v in values]))[0]) for k, values in columns.items()}
-    varying = {k: values for k, values in columns.items() if len(set(codes[k])) > 1}
-    def follows(k): return any(len(set(zip(codes[o], codes[k]))) == len(set(codes[o])) for o in varying if o not in DERIVED)
-    if lost := [k for k in named or () if k not in columns]: raise ValueError(f"no run has the setting {', '.join(lost)}; there are: {', '.join(sorted(columns))}")
-    chosen = named or sorted((k for k in columns if k in planned or (k in varying and not (k in DERIVED and follows(k)))), key=lambda k: (k != ARM, k))
-    return {k: columns[k] for k in chosen}, {k: v[0] for k, v in columns.items() if k not in varying and k not in chosen}
-
-def tidy(found: list[Run],
-         account: dict | None = None, # the sweep's file
-         parameters=None,             # names of the columns; default: the settings that differ
-         ) -> "RunTable":
-    "One table from runs of any source"
-    if not found: raise ValueError("there is no run; give a sweep's folder, run folders, an Optuna journal, a W&B export or entity/project/sweep")
-    planned = {p for p, spec in ((account or {}).get("parameters") or {}).items() if isinstance(spec, dict) and ("min" in spec or len(spec.get("values", ())) > 1)}
-    columns, fixed = _tried(found, parameters, planned)
-    last = [{k: v for row in r.history for k, v in row.items() if k != "step"} for r in found]
-    metrics = sorted({k for row in last for k in row})
-    names = [r.run for r in found]
-    names = [n if names.count(n) == 1 else f"{Path(r.folder).parent.parent.name}/{n}" if r.folder else f"{n}#{i}" for i, (n, r) in enumerate(zip(names, found))]
-    table = pd.DataFrame({"run": names, "state": [r.state for r in found], "attempt": _column([r.attempt for r in found]), "planned": _column([r.planned for r in found]),
-                          "seed": _column([mend(r.seed) for r in found]), **{k: _column(v) for k, v in columns.items()},
-                          **{m: pd.Series([row.get(m, np.nan) for row in last], dtype=float) for m in metrics},
-                          "seconds": pd.Series([r.seconds for r in found], dtype=float),
-                          **{k: pd.Series([getattr(r, k) for r in found], dtype=object) for k in ("commit", "date", "folder")}})
-    history = pd.DataFrame([{"run": n, **row} for n, r in zip(names, found) for row in r.history if row["step"] is not None], columns=["run", "step", *metrics])
-    return RunTable(_numbered(table, list(columns)), list(columns), metrics, history.drop_duplicates(["run", "step"], keep="last", ignore_index=True),
-                {n: r.reason for n, r in zip(names, found) if r.state != "finished"}, fixed, account or {})
-
-def _numbered(table, parameters): # sorted; points and attempts numbered where nobody did it
-    "By order of appearance"
-    point = table.groupby([*parameters, "seed"], dropna=False, sort=False)
-    table["planned"] = table["planned"].fillna(point.ngroup()).astype("Int64")
-    table["attempt"] = table["attempt"].fillna(point.cumcount()).astype("Int64")
-    return table.sort_values(["planned", "attempt", "run"], ignore_index=True)
-
-# %% ../../nbs/11_analysis.ipynb #da2c437a
-def read_runs(*sources,           # folders, an Optuna journal or storage URL, CSV or JSON of W&B, entity/project/sweep
-              parameters=None,    # names of the columns; default: the settings that differ
-              study: str | None = None, # of an Optuna storage that holds several
-              api=None) -> "RunTable": # of W&B; default: wandb.Api()
-    "One table from any sources"
-    return tidy(*collect(sources, study, api), parameters)
-
-# %% ../../nbs/11_analysis.ipynb #b4954216
-def _interval(values: pd.Series) -> pd.Series: # n, mean, sd, low, high
-    n, mean, sd = len(values), values.mean(), values.std(ddof=1)
-    low, high = stats.t.interval(0.95, n - 1, mean, sd / np.sqrt(n)) if n > 1 and sd > 0 else (mean, mean) if n > 1 else (np.nan, np.nan)
-    return pd.Series(dict(n=n, mean=mean, sd=sd, low=low, high=high))
-
-def _by(frame, columns: list[str], metric: str) -> pd.DataFrame: # the columns, then n, mean, sd, low, high
-    "Mean and interval of each group"
-    if not columns: return _interval(frame[metric]).to_frame().T.astype({"n": int})
-    groups = frame.groupby(columns, dropna=False, sort=True)[metric]
-    return pd.DataFrame([dict(zip(columns, key)) | _interval(values).to_dict() for key, values in groups]).astype({"n": int})
-
-@patch
-def configurations(self: RunTable, metric: str = METRIC, minimize: bool = False) -> pd.DataFrame: # parameters, n, mean, sd, low, high
-    "Mean over seeds with its 95 % interval, best first"
-    return _by(self.finished(metric), self.parameters, metric).sort_values("mean", ascending=minimize, kind="stable", ignore_index=True)
-
-# %% ../../nbs/11_analysis.ipynb #8e26e785
-@patch
-def missing(self: RunTable) -> pd.DataFrame: # parameters and seed
-    "Cells of the grid that have no finished run; empty where the sweep is no grid"
-    said = {p: [mend(v) for v in spec["values"]] for p, spec in (self.account.get("parameters") or {}).items() if isinstance(spec, dict) and "values" in spec}
-    axes = {p: said[p] if p in said else list(self.table[p].dropna().unique()) for p in [*self.parameters, "seed"]}
-    axes = {p: values for p, values in axes.items() if values}
-    cells = pd.MultiIndex.from_product(axes.values(), names=axes)
-    done, tried = (set(map(tuple, t[list(axes)].astype(object).to_numpy())) for t in (self.table[self.table.state == "finished"], self.table))
-    grid = self.account.get("method") == "grid" or ("method" not in self.account and 2 * len(tried & set(cells)) >= len(cells))
-    return pd.DataFrame([c for c in cells if grid and c not in done], columns=list(axes))
-
-@patch
-def troubles(self: RunTable) -> pd.DataFrame: # run, state, attempt, parameters, seed, reason
-    "Runs that failed, were pruned, run still, or were tried again"
-    odd = self.table[(self.table.state != "finished") | (self.table.attempt > 0)]
-    return odd[["run", "state", "attempt", *self.parameters, "seed"]].assign(reason=[self.reasons.get(r, "") for r in odd.run])
+# %% ../../nbs/11_analysis.ipynb #0d379e14
+_all_ = ["RunTable", "read_runs"]   # whoever analyzes runs imports them from here, with all their methods
 
 # %% ../../nbs/11_analysis.ipynb #76e57945
+def _verdict(p: float, smallest: float, n: int, unit: str, needed: int, found: str, not_found: str) -> str:
+    "What p says, or that so few data can say nothing"
+    if p <= ALPHA: return found
+    if smallest <= ALPHA: return not_found
+    advice = f"use {needed} {unit}" if needed > n else "run every arm with the same settings and seeds"
+    return f"undecided, since {n} {unit} can at best give p = {smallest:.2g}; {advice}"
+
+# %% ../../nbs/11_analysis.ipynb #50da9480
 class Comparison(NamedTuple):
     "Treatment minus baseline, in the metric's unit"
     mean: float
-    low: float      # 95 %
+    low: float            # 95 % interval, of this comparison alone
     high: float
-    p_value: float  # two-sided
-    n: int          # of `unit`
-    unit: str       # pairs, seeds, or runs where they are not paired
+    p_value: float        # two-sided; of several comparisons, corrected for all of them
+    n: int                # of `unit`
+    unit: str             # pairs, seeds, or runs where they are not paired
     metric: str
     arm: str
     treatment: object
     baseline: object
     notes: tuple = ()
+    comparisons: int = 1  # made together
+    smallest: float = 0.0 # p that so many data can give
 
     @property
-    def found(self) -> bool: return bool(self.p_value <= 0.05)
+    def found(self) -> bool: return bool(self.p_value <= ALPHA)
+
+    @property
+    def decidable(self) -> bool: return bool(self.smallest <= ALPHA)
 
     def __str__(self):
-        said = "a difference" if self.found else "no difference that chance could not explain"
-        if not self.found and self.unit != "runs" and self.n < 6: said = f"undecided: {self.n} {self.unit} cannot reach p = 0.05, 6 can"
-        return (f"{self.arm} {self.treatment} − {self.baseline}, {self.metric}: {self.mean:+.4f}, 95 % [{self.low:+.4f}, {self.high:+.4f}], "
-                f"p = {self.p_value:.2g}, n = {self.n} {self.unit}: {said}")
+        factor = 1 if self.comparisons <= MOST_TREATMENTS else self.comparisons - 1
+        needed = (runs_needed if self.unit == "runs" else blocks_needed)(2, factor)
+        verdict = _verdict(self.p_value, self.smallest, self.n, self.unit, needed, "difference found",
+                           "difference not found")
+        of_several = f"{self.comparisons} comparisons, " if self.comparisons > 1 else ""
+        return (f"{self.arm} {self.treatment} − {self.baseline}, {self.metric}: {self.mean:+.4f}, "
+                f"95 % [{self.low:+.4f}, {self.high:+.4f}], p = {self.p_value:.2g} ({of_several}smallest possible "
+                f"{self.smallest:.2g}), n = {self.n} {self.unit}: {verdict}")
 
-def _mean(*samples, axis=-1): return samples[0].mean(axis) - (samples[1].mean(axis) if len(samples) > 1 else 0)
+class JointTest(NamedTuple):
+    "Whether any of several arms differs"
+    p_value: float
+    n: int             # of `unit`
+    unit: str          # blocks, seeds or runs
+    metric: str
+    arm: str
+    values: tuple      # of the arm
+    smallest: float    # p that so many data can give
 
-def _bootstrap(samples: tuple, seed: int) -> tuple[float, float]: # 95 %
-    "BCa interval of a mean, or of the difference of two means"
-    if min(map(len, samples)) < 2: return np.nan, np.nan
-    if all(np.ptp(s) == 0 for s in samples): return _mean(*samples), _mean(*samples)
-    def interval(method):
-        return stats.bootstrap(samples, _mean, n_resamples=4000, method=method, vectorized=True, rng=np.random.default_rng(seed)).confidence_interval
-    with np.errstate(all="ignore"): found = interval("BCa")
-    return tuple(map(float, found if np.isfinite(found).all() else interval("percentile")))
+    @property
+    def found(self) -> bool: return bool(self.p_value <= ALPHA)
 
-def _p_value(samples: tuple, seed: int) -> float:
-    "Sign-flip test of one sample, permutation test of two"
-    how = "samples" if len(samples) == 1 else "independent"
-    return float(stats.permutation_test(samples, _mean, permutation_type=how, vectorized=True, n_resamples=9999, rng=np.random.default_rng(seed)).pvalue)
+    def __str__(self):
+        needed = (runs_needed if self.unit == "runs" else blocks_needed)(len(self.values))
+        verdict = _verdict(self.p_value, self.smallest, self.n, self.unit, needed, "the arms differ",
+                           "not found that the arms differ")
+        k = len(self.values)
+        names = f" ({', '.join(map(str, self.values))})" if k <= 4 else ""
+        return (f"{self.arm}, {self.metric}: joint test of {k} arms{names}, p = {self.p_value:.2g} (smallest possible "
+                f"{self.smallest:.2g}), n = {self.n} {self.unit}: {verdict}")
 
 # %% ../../nbs/11_analysis.ipynb #eb94411d
 @patch
-def arms(self: RunTable, arm: str = ARM, baseline=None, metric: str = METRIC) -> tuple[list, object]: # treatments, baseline
+def arms(self: RunTable, arm: str = ARM, baseline=None, metric: str = METRIC,
+         ) -> tuple[list, object]: # treatments, baseline
     "The values of an arm among the finished runs; ValueError where there is nothing to compare"
     done = self.finished(metric)
-    others = [p for p in self.parameters if done[p].nunique() > 1]
-    if arm not in done: raise ValueError(f"the runs do not differ in {arm}; choose another --arm among {', '.join(others) or '(no setting differs)'}")
+    others = ", ".join(p for p in self.parameters if done[p].nunique() > 1)
+    if arm not in done:
+        known = others or "(no setting differs)"
+        raise ValueError(f"the runs do not differ in {arm}; choose another --arm among {known}")
     values = sorted(done[arm].dropna().unique().tolist(), key=lambda v: (isinstance(v, str), v))
-    baseline = ("sample" if "sample" in values else values[0]) if baseline is None else mend(baseline)
-    if baseline not in values: raise ValueError(f"no finished run has {arm}={baseline}; choose --baseline among {', '.join(map(str, values))}")
+    if baseline is None: baseline = "sample" if "sample" in values else values[0]
+    baseline = parse_value(baseline)
+    if baseline not in values:
+        known = ", ".join(map(str, values))
+        raise ValueError(f"no finished run has {arm}={baseline}; choose --baseline among {known}")
     if len(values) < 2:
-        raise ValueError(f"every finished run has {arm}={values[0]}, and one arm alone cannot be compared; run the other one, or choose another --arm"
-                         + (f" among {', '.join(others)}" if others else ""))
+        or_another = f", or choose another --arm among {others}" if others else ""
+        raise ValueError(f"every finished run has {arm}={values[0]}, and one arm alone cannot be compared; run another "
+                         f"arm{or_another}")
     return [v for v in values if v != baseline], baseline
 
 @patch
-def pairs(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, treatment=None) -> pd.DataFrame: # other parameters, seed, baseline, treatment, difference
+def bound_to(self: RunTable, arm: str, done: pd.DataFrame) -> list[str]: # parameters
+    "Settings that have one value in each arm, and not the same in all"
+    def is_bound(p):
+        one_value_an_arm = (done.groupby(arm)[p].nunique(dropna=False) == 1).all()
+        return p != arm and done[p].nunique(dropna=False) > 1 and one_value_an_arm
+    return [p for p in self.parameters if is_bound(p)]
+
+@patch
+def blocks(self: RunTable, metric: str, arm: str, values) -> pd.DataFrame: # (blocks, arms); index: other settings, seed
+    "Runs that agree in all but the arm, where every arm is there"
+    done = self.finished(metric)
+    done = done[done[arm].isin(values)]
+    bound = self.bound_to(arm, done)
+    key = [p for p in self.parameters if p != arm and p not in bound] + ["seed"]
+    wide = done.groupby([*key, arm], dropna=False)[metric].mean().unstack(arm)
+    return wide.reindex(columns=list(values)).dropna()
+
+# %% ../../nbs/11_analysis.ipynb #3dec77db
+def _why_no_pairs(runs: RunTable, metric: str, arm: str, treatment, baseline, key: list[str]) -> str:
+    "Why two arms have no pair"
+    done = runs.finished(metric)
+    of_treatment, of_baseline = (sorted(done[done[arm] == v].seed.dropna().unique().tolist())
+                                 for v in (treatment, baseline))
+    if set(of_treatment) & set(of_baseline): return f"no two runs agree in {', '.join(key)}"
+    return f"seeds {of_treatment} of {treatment} and {of_baseline} of {baseline} have none in common"
+
+@patch
+def pairs(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, treatment=None,
+          ) -> pd.DataFrame: # other parameters, seed, baseline, treatment, difference
     "Two runs a row that agree in all but the arm; ValueError where there is none"
     treatments, baseline = self.arms(arm, baseline, metric)
-    treatment = treatments[0] if treatment is None and len(treatments) == 1 else mend(treatment)
-    if treatment not in treatments: raise ValueError(f"treatment {treatment} is not there; choose one of {', '.join(map(str, treatments))}")
-    done = self.finished(metric)
-    done = done[done[arm].isin([baseline, treatment])]
-    key = [p for p in self.parameters if p != arm and p not in self.bound_to(arm, done)] + ["seed"]
-    wide = done.groupby([*key, arm], dropna=False)[metric].mean().unstack(arm)
-    found = wide.dropna().reset_index().rename(columns={baseline: "baseline", treatment: "treatment"})
-    if found.empty:
-        seeds = [sorted(done[done[arm] == v].seed.dropna().unique().tolist()) for v in (treatment, baseline)]
-        why = f"no two runs agree in {', '.join(key)}"
-        if not set(seeds[0]) & set(seeds[1]): why = f"seeds {seeds[0]} of {treatment} and {seeds[1]} of {baseline} have none in common"
-        raise ValueError(f"{treatment} and {baseline} do not pair: {why}; run both arms with the same settings and seeds, or compare them unpaired: "
-                         "difference(unit='runs')")
+    treatment = self._choose_treatment(treatments, treatment, arm)
+    blocks = self.blocks(metric, arm, [baseline, treatment])
+    if blocks.empty:
+        why = _why_no_pairs(self, metric, arm, treatment, baseline, list(blocks.index.names))
+        raise ValueError(f"{treatment} and {baseline} do not pair: {why}; run both arms with the same settings and "
+                         "seeds, or compare them unpaired: difference(unit='runs')")
+    found = blocks.reset_index().rename(columns={baseline: "baseline", treatment: "treatment"})
     found.columns.name = None
     return found.assign(difference=found.treatment - found.baseline)
 
 @patch
-def bound_to(self: RunTable, arm: str, done: pd.DataFrame) -> list[str]: # parameters
-    "What goes with the arm: settings that have one value in each arm, and not the same in all"
-    return [p for p in self.parameters if p != arm and done[p].nunique(dropna=False) > 1 and (done.groupby(arm)[p].nunique(dropna=False) == 1).all()]
+def _choose_treatment(self: RunTable, treatments: list, treatment, arm: str):
+    "The treatment that was asked for, or the only one"
+    known = ", ".join(map(str, treatments))
+    if treatment is None and len(treatments) > 1:
+        raise ValueError(f"{arm} has more than two values; choose a treatment among {known}")
+    treatment = treatments[0] if treatment is None else parse_value(treatment)
+    if treatment not in treatments: raise ValueError(f"no finished run has {arm}={treatment}; choose among {known}")
+    return treatment
 
 # %% ../../nbs/11_analysis.ipynb #6dacd8a2
+def _sweep_notes(method: str | None, counts: pd.Series, pruned: int) -> list[str]: # counts: runs of each arm
+    "What a sweep's method does to a comparison"
+    of_each = ", ".join(f"{n} with {value}" for value, n in counts.items())
+    found = []
+    if method == "bayes":
+        found.append(f"This is a Bayesian sweep ({of_each}): it visits the better arm more often and tunes it further. "
+                     "Compare arms on a grid or random sweep.")
+    if method is None and counts.nunique() > 1:
+        found.append(f"The arms have unequal numbers of runs ({of_each}). If the sweep was Bayesian, the arms are not "
+                     "comparable; use a grid or random sweep.")
+    if pruned:
+        found.append(f"{pruned} runs were stopped early because they lagged behind; the rest of their arm looks better "
+                     "than the arm is.")
+    return found
+
 @patch
 def notes(self: RunTable, arm: str = ARM, metric: str = METRIC) -> list[str]:
     "What a reader must know before a difference between arms is believed"
-    done, method = self.finished(metric), self.account.get("method")
+    done = self.finished(metric)
     counts = done[arm].value_counts() if arm in done else pd.Series(dtype=int)
-    many, out = ", ".join(f"{n} with {v}" for v, n in counts.items()), []
-    if method == "bayes": out.append(f"This is a Bayesian sweep ({many}): it visits the winning arm more and tunes it further. Compare arms on a grid or random sweep.")
-    elif method is None and counts.nunique() > 1:
-        out.append(f"The arms have unequal numbers of runs ({many}). If the sweep was Bayesian, the arms are not comparable; use a grid or random sweep.")
-    if (pruned := (self.table.state == "pruned").sum()):
-        out.append(f"{pruned} runs were stopped early because they lagged behind; what is left of an arm looks better than the arm is.")
+    pruned = int((self.table.state == "pruned").sum())
+    found = _sweep_notes(self.sweep_file.get("method"), counts, pruned)
     for p in self.bound_to(arm, done) if arm in done else []:
-        out.append(f"{p} goes with {arm} ({', '.join(f'{a}: {v}' for a, v in done.groupby(arm)[p].first().items())}); the difference is that of both together.")
-    if done.duplicated([*self.parameters, "seed"]).any(): out.append("Some runs have the same settings and the same seed; they count as one, by their mean.")
-    return out
+        values = ", ".join(f"{a}: {v}" for a, v in done.groupby(arm)[p].first().items())
+        found.append(f"{p} changes with {arm} ({values}); the difference is that of both together.")
+    if done.duplicated([*self.parameters, "seed"]).any():
+        found.append("Some runs have the same settings and the same seed; they count as one, by their mean.")
+    return found
+
+# %% ../../nbs/11_analysis.ipynb #e32027f7
+UNITS = ("pairs", "seeds", "runs")
 
 @patch
-def difference(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, treatment=None, unit: str = "pairs", seed: int = 0) -> Comparison:
-    "Treatment minus baseline; `unit` pairs, seeds (one mean difference a seed) or runs (unpaired)"
-    if unit not in ("pairs", "seeds", "runs"): raise ValueError(f"unit {unit!r} is not known; use pairs, seeds or runs")
-    treatments, baseline = self.arms(arm, baseline, metric)
-    if treatment is None and len(treatments) > 1: raise ValueError(f"{arm} has more than two values; choose a treatment among {', '.join(map(str, treatments))}")
-    treatment, notes = treatments[0] if treatment is None else mend(treatment), self.notes(arm, metric)
+def samples(self: RunTable, metric: str, arm: str, values, unit: str): # (n, arms) array; unpaired: an array an arm
+    "The data that a test of these arms sees"
+    if unit == "runs":
+        done = self.finished(metric)
+        return [done[done[arm] == v][metric].to_numpy(float) for v in values]
+    blocks = self.blocks(metric, arm, values)
+    if unit == "seeds": blocks = blocks.groupby("seed", dropna=False).mean()
+    return blocks.to_numpy(float)
+
+def _test(samples, unit: str, seed: int) -> tuple[float, float]: # p, smallest possible p
+    "Do these arms differ?"
+    if unit == "runs": return pooled_test(samples, seed), smallest_pooled_p([len(s) for s in samples])
+    n, k = samples.shape
+    if n < 2: return 1.0, 1.0
+    return block_test(samples, seed), smallest_block_p(n, k)
+
+@patch
+def _unpaired_note(self: RunTable, metric: str, arm: str, values, n_pairs: int) -> list[str]:
+    "How many finished runs have no partner"
     done = self.finished(metric)
-    if unit == "runs": samples = tuple(done[done[arm] == v][metric].to_numpy(float) for v in (treatment, baseline))
-    else:
-        pairs = self.pairs(metric, arm, baseline, treatment)
-        alone = done[done[arm].isin([treatment, baseline])].drop_duplicates([*self.parameters, "seed"]).shape[0] - 2 * len(pairs)
-        if alone: notes.append(f"{alone} finished runs have no partner and are left out.")
-        samples = ((pairs.groupby("seed", dropna=False).difference.mean() if unit == "seeds" else pairs.difference).to_numpy(float),)
-    p = _p_value(samples, seed) if min(map(len, samples)) > 1 else 1.0
-    return Comparison(float(_mean(*samples)), *_bootstrap(samples, seed), p, sum(map(len, samples)), unit, metric, arm, treatment, baseline, tuple(notes))
+    points = done[done[arm].isin(values)].drop_duplicates([*self.parameters, "seed"])
+    alone = len(points) - 2 * n_pairs
+    return [f"{alone} finished runs have no partner and are left out."] if alone else []
+
+@patch
+def difference(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, treatment=None,
+               unit: str = "pairs", # or seeds, or runs
+               seed: int = 0,       # of bootstrap and random shuffles
+               ) -> Comparison:
+    "Treatment minus baseline, as the only comparison that is made"
+    if unit not in UNITS: raise ValueError(f"unit {unit!r} is not known; use {', '.join(UNITS)}")
+    treatments, baseline = self.arms(arm, baseline, metric)
+    treatment = self._choose_treatment(treatments, treatment, arm)
+    notes = self.notes(arm, metric)
+    if unit != "runs": notes += self._unpaired_note(metric, arm, [treatment, baseline],
+                                                    len(self.pairs(metric, arm, baseline, treatment)))
+    data = self.samples(metric, arm, [treatment, baseline], unit)
+    p, smallest = _test(data, unit, seed)
+    parts = tuple(data) if unit == "runs" else (data[:, 0] - data[:, 1],)
+    low, high = bootstrap_interval(parts, seed)
+    return Comparison(float(mean_difference(*parts)), low, high, p, sum(map(len, parts)), unit, metric, arm, treatment,
+                      baseline, tuple(notes), smallest=smallest)
+
+# %% ../../nbs/11_analysis.ipynb #83652073
+@patch
+def joint(self: RunTable, metric: str = METRIC, arm: str = ARM, values=None, unit: str = "pairs", seed: int = 0,
+          ) -> JointTest:
+    "Does any of the arms differ? `values` of the arm; default: all"
+    if values is None:
+        treatments, baseline = self.arms(arm, None, metric)
+        values = [*treatments, baseline]
+    data = self.samples(metric, arm, values, unit)
+    p, smallest = _test(data, unit, seed)
+    n = sum(map(len, data)) if unit == "runs" else len(data)
+    return JointTest(p, n, "blocks" if unit == "pairs" else unit, metric, arm, tuple(values), smallest)
+
+def _correct_together(runs: RunTable, singles: list[Comparison], seed: int) -> list[Comparison]:
+    "Comparisons with one baseline, their p values corrected for all of them"
+    metric, arm, unit, baseline = singles[0].metric, singles[0].arm, singles[0].unit, singles[0].baseline
+    def test(members): # p, smallest possible p
+        chosen = [singles[i] for i in members]
+        if len(chosen) == 1: return chosen[0].p_value, chosen[0].smallest
+        values = [*(c.treatment for c in chosen), baseline]
+        p, smallest = _test(runs.samples(metric, arm, values, unit), unit, seed)
+        if smallest <= ALPHA: return p, smallest
+        return [min(1.0, len(chosen) * min(ps)) for ps in zip(*((c.p_value, c.smallest) for c in chosen))]
+    tested = {}
+    def cached(members):
+        if members not in tested: tested[members] = test(members)
+        return tested[members]
+    p_values = correct(lambda members: cached(members)[0], len(singles))
+    smallest = correct(lambda members: cached(members)[1], len(singles))
+    return [c._replace(p_value=p, smallest=s, comparisons=len(singles)) for c, p, s in zip(singles, p_values, smallest)]
+
+@patch
+def differences(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, seed: int = 0,
+                ) -> list[Comparison]: # by pairs, by seeds, unpaired
+    "Every treatment against the baseline, corrected for the number of treatments"
+    treatments, baseline = self.arms(arm, baseline, metric)
+    singles = {unit: [] for unit in UNITS}
+    for unit, treatment in product(UNITS, treatments):
+        try: singles[unit].append(self.difference(metric, arm, baseline, treatment, unit, seed))
+        except ValueError: continue     # this treatment has no pairs; `pairs` says why
+    if [c.n for c in singles["seeds"]] == [c.n for c in singles["pairs"]]: del singles["seeds"]  # the same tests
+    found = [_correct_together(self, family, seed) for family in singles.values() if family]
+    return [c for treatment in treatments for family in found for c in family if c.treatment == treatment]
+
+# %% ../../nbs/11_analysis.ipynb #23dcc332
+def _family_lines(runs: RunTable, family: list[Comparison], seed: int) -> list[str]:
+    "The sentences of comparisons in one unit, after their joint test where there are several"
+    if len(family) < 2: return list(map(str, family))
+    metric, arm, unit, baseline = family[0].metric, family[0].arm, family[0].unit, family[0].baseline
+    joint = runs.joint(metric, arm, [*(c.treatment for c in family), baseline], unit, seed)
+    lines = [str(joint), *map(str, family)]
+    if joint.found and not any(c.found for c in family):
+        if family[0].decidable: lines.append(
+            f"The arms differ, but none is found to differ from {baseline}; choose another --baseline, or more seeds.")
+        else: lines.append(f"The arms differ, but {family[0].n} {unit} cannot decide which of them.")
+    return lines
+
+def _seed_lines(by_pairs: list[Comparison], by_seeds: list[Comparison]) -> list[str]:
+    "Where pairs find a difference and seeds do not"
+    lines = []
+    for seeds in by_seeds:
+        pairs = next(c for c in by_pairs if c.treatment == seeds.treatment)
+        if not pairs.found or seeds.found: continue
+        if seeds.decidable: lines.append(
+            f"{seeds.treatment}: found by pairs, not found by seeds. A seed may favour one arm at every setting; "
+            "believe the line by seeds.")
+        else: lines.append(
+            f"{seeds.treatment}: found by pairs, but {seeds.n} seeds are too few to exclude that a seed favours one "
+            "arm at every setting.")
+    return lines
+
+@patch
+def conclusion(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, seed: int = 0,
+               found: list[Comparison] | None = None, # of `differences`, where they are known
+               ) -> list[str]: # sentences, then notes
+    "What `differences` says, in sentences"
+    if found is None: found = self.differences(metric, arm, baseline, seed)
+    by_pairs, by_seeds, by_runs = ([c for c in found if c.unit == unit] for unit in UNITS)
+    lines = _family_lines(self, by_pairs, seed) + _family_lines(self, by_seeds, seed)
+    lines += _seed_lines(by_pairs, by_seeds)
+    paired = {c.treatment for c in by_pairs}
+    alone = [c for c in by_runs if c.treatment not in paired]
+    for c in alone:
+        try: self.pairs(metric, arm, c.baseline, c.treatment)
+        except ValueError as e: lines.append(str(e).split(", or compare")[0] + ". Unpaired:")
+        lines.append(str(c))
+    return lines + list(dict.fromkeys(note for c in found for note in c.notes))
 
 # %% ../../nbs/11_analysis.ipynb #938eb641
-def simulate(effect: float = 0.02,      # of beam over sample
+_DEGREE_SHIFTS = {"2∘2": 0.3, "3∘2": 0.05, "4∘2": -0.1}
+
+def _simulated_ends(rng, effects, seeds, n_rates, sd_seed, sd_run, sd_seed_and_arm, rate_effect):
+    "Indices of learning rate, seed and arm of each run, and the first and last value of the metric"
+    shape = range(n_rates), range(seeds), range(len(effects))
+    rate, seed, arm = (axis.ravel() for axis in np.meshgrid(*shape, indexing="ij"))
+    of_seed = rng.normal(0, sd_seed, seeds)
+    of_seed_and_arm = rng.normal(0, sd_seed_and_arm, (seeds, len(effects)))
+    start = 0.2 + of_seed[seed] / 2
+    end = 0.35 + np.array(effects)[arm] + rate_effect * rate + of_seed[seed] + of_seed_and_arm[seed, arm]
+    return rate, seed, arm, start, end + rng.normal(0, sd_run, len(rate))
+
+def simulate(effect=0.02,                # of beam over sample; or a dictionary, arm -> effect over sample
              seeds: int = 6, learning_rates=(1e-5, 3e-5),
-             of_seed: float = 0.03,     # sd of what a seed brings to both arms
-             of_run: float = 0.01,      # sd of a run's own luck
-             of_seed_and_arm: float = 0.0, # sd of what a seed brings to one arm, at every learning rate
-             of_learning_rate: float = 0.04, # what each further one adds
+             of_seed: float = 0.03,      # sd of what a seed adds to all arms
+             of_run: float = 0.01,       # sd of what is a single run's own
+             of_seed_and_arm: float = 0.0,   # sd of what a seed adds to one arm, at every learning rate
+             of_learning_rate: float = 0.04, # what each further learning rate adds
              steps=(0, 8, 16, 24), seed: int = 0) -> RunTable:
     "A grid sweep whose truth is known"
-    rng, n = np.random.default_rng(seed), 2 * seeds * len(learning_rates)
-    lr, s, k = (axis.ravel() for axis in np.meshgrid(range(len(learning_rates)), range(seeds), [0, 1], indexing="ij"))
-    luck, own = rng.normal(0, of_seed, seeds), rng.normal(0, of_seed_and_arm, (seeds, 2))
-    start, end = 0.2 + luck[s] / 2, 0.35 + effect * (k == 0) + of_learning_rate * lr + luck[s] + own[s, k] + rng.normal(0, of_run, n)
-    shifts = {METRIC: 0, **{f"eval_beam_accuracy_{d}": shift for d, shift in (("2∘2", 0.3), ("3∘2", 0.05), ("4∘2", -0.1))}}
-    table = pd.DataFrame(dict(run=[f"{i:04d}" for i in range(n)], state="finished", attempt=0, planned=range(n), seed=s, rollout=np.array(["beam", "sample"], object)[k],
-                              learning_rate=np.array(learning_rates, float)[lr], **{m: end + shift for m, shift in shifts.items()}, seconds=60.0, commit=None, date=None, folder=None))
-    def at(t): return start + (end - start) * (1 - np.exp(-3 * t / steps[-1])) / (1 - np.exp(-3))
-    history = pd.concat([pd.DataFrame(dict(run=table.run, step=t, **{m: at(t) + shift for m, shift in shifts.items()})) for t in steps], ignore_index=True)
-    return RunTable(table, ["rollout", "learning_rate"], list(shifts), history, account=dict(method="grid"))
+    effects = (effect if isinstance(effect, dict) else {"beam": effect}) | {"sample": 0.0}
+    rate, seed_of, arm, start, end = _simulated_ends(
+        np.random.default_rng(seed), list(effects.values()), seeds, len(learning_rates), of_seed, of_run,
+        of_seed_and_arm, of_learning_rate)
+    shifts = {METRIC: 0} | {f"eval_beam_accuracy_{degree}": shift for degree, shift in _DEGREE_SHIFTS.items()}
+    table = pd.DataFrame(dict(
+        run=[f"{i:04d}" for i in range(len(end))], state="finished", attempt=0, planned=range(len(end)), seed=seed_of,
+        rollout=np.array(list(effects), object)[arm], learning_rate=np.array(learning_rates, float)[rate],
+        **{metric: end + shift for metric, shift in shifts.items()},
+        seconds=60.0, commit=None, date=None, folder=None))
+    def at(step): return start + (end - start) * (1 - np.exp(-3 * step / steps[-1])) / (1 - np.exp(-3))
+    rows = [pd.DataFrame(dict(run=table.run, step=t, **{m: at(t) + shift for m, shift in shifts.items()}))
+            for t in steps]
+    history = pd.concat(rows, ignore_index=True)
+    return RunTable(table, ["rollout", "learning_rate"], list(shifts), history, sweep_file=dict(method="grid"))
 
 # %% ../../nbs/11_analysis.ipynb #7141cc75
-ENOUGH = 12 # runs, for fANOVA
+MIN_RUNS_FOR_IMPORTANCE = 12
 
-def _study(done: pd.DataFrame, columns: list[str], values) -> "optuna.Study":
-    "The table as a finished study"
+def _is_numeric(values: pd.Series) -> bool:
+    "A column of numbers without gaps"
+    numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+    return numeric and values.notna().all()
+
+def _as_study(done: pd.DataFrame, columns: list[str], metric: str) -> "optuna.Study":
+    "The table as a finished Optuna study; a setting that some runs lack has one value more"
     import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    def numeric(c): return pd.api.types.is_numeric_dtype(done[c]) and not pd.api.types.is_bool_dtype(done[c]) and done[c].notna().all()
-    cells = {c: (done[c].astype(float) if numeric(c) else done[c].map(str)).tolist() for c in columns}  # a setting that a sweep lacks is one more value
-    def space(c, v): return FloatDistribution(min(v), max(v), log=0 < 10 * min(v) <= max(v)) if numeric(c) else CategoricalDistribution(sorted(set(v)))
-    spaces = {c: space(c, v) for c, v in cells.items()}
+    cells, space = {}, {}
+    for name in columns:
+        if _is_numeric(done[name]):
+            cells[name] = done[name].astype(float).tolist()
+            low, high = min(cells[name]), max(cells[name])
+            space[name] = FloatDistribution(low, high, log=0 < 10 * low <= high)
+        else:
+            cells[name] = done[name].map(str).tolist()
+            space[name] = CategoricalDistribution(sorted(set(cells[name])))
     study = optuna.create_study(direction="maximize")
-    study.add_trials([optuna.trial.create_trial(params=dict(zip(cells, row)), distributions=spaces, value=float(v)) for row, v in zip(zip(*cells.values()), values)])
+    for row, value in zip(zip(*cells.values()), done[metric]):
+        trial = optuna.trial.create_trial(params=dict(zip(cells, row)), distributions=space, value=float(value))
+        study.add_trial(trial)
     return study
 
 @patch
-def importance(self: RunTable, metric: str = METRIC, seed: int = 0) -> pd.DataFrame: # parameter, importance, explained (of the whole: R², out of bag); most important first
+def importance(self: RunTable, metric: str = METRIC, seed: int = 0,
+               ) -> pd.DataFrame: # parameter, importance, explained (R² out of bag, of all); most important first
     "fANOVA's shares; ValueError where there are too few runs"
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
     from sklearn.ensemble import RandomForestRegressor
     done = self.finished(metric)
     columns = [c for c in [*self.parameters, "seed"] if done[c].nunique(dropna=False) > 1]
-    if len(done) < ENOUGH or len(columns) < 2:
-        raise ValueError(f"{len(done)} finished runs that differ in {len(columns)} settings are too few for fANOVA; {ENOUGH} runs and 2 settings are the least")
-    if done[metric].nunique() == 1: raise ValueError(f"every run has the same {metric}; there is nothing to explain")
-    shares = get_param_importances(_study(done, columns, done[metric]), evaluator=FanovaImportanceEvaluator(seed=seed))
+    if len(done) < MIN_RUNS_FOR_IMPORTANCE or len(columns) < 2:
+        raise ValueError(f"{len(done)} finished runs that differ in {len(columns)} settings are too few for fANOVA; "
+                         f"use at least {MIN_RUNS_FOR_IMPORTANCE} runs and 2 settings")
+    if done[metric].nunique() == 1:
+        raise ValueError(f"every run has the same {metric}, so there is nothing to explain; choose another metric")
+    study, evaluator = _as_study(done, columns, metric), FanovaImportanceEvaluator(seed=seed)
+    shares = get_param_importances(study, evaluator=evaluator)
     codes = pd.DataFrame({c: pd.factorize(done[c], sort=True)[0] for c in columns})
     forest = RandomForestRegressor(200, oob_score=True, random_state=seed).fit(codes, done[metric])
-    return pd.DataFrame({"parameter": list(shares), "importance": list(shares.values()), "explained": float(forest.oob_score_)})
-
-# %% ../../nbs/11_analysis.ipynb #71fbdfa0
-@patch
-def bands(self: RunTable, metric: str = METRIC, arm: str | None = ARM) -> pd.DataFrame: # arm, step, n, mean, sd, low, high
-    "Mean over the finished runs of an arm, step by step; steps that not all of them reached are left out"
-    done = self.finished(metric)
-    columns = [arm] if arm in self.parameters else []
-    rows = self.history.dropna(subset=[metric]).merge(done[["run", *columns]], on="run") if metric in self.history else pd.DataFrame()
-    if rows.empty: raise ValueError("there is no history; give folders, a journal or W&B, a CSV export holds last values alone")
-    found = _by(rows, [*columns, "step"], metric)
-    whole = found.groupby(columns).n.transform("max") if columns else found.n.max()
-    return found[found.n == whole].reset_index(drop=True)
-
-@patch
-def degrees(self: RunTable, metric: str = METRIC, arm: str | None = ARM) -> pd.DataFrame: # arm, metric, degree, n, mean, sd, low, high; empty where no run carries it
-    "Metrics that the runs carry degree by degree"
-    of_degree = re.compile(r"(eval_.+?)[/_](\d+[∘_x]\d+)|(eval_.+_(?:accuracy|score))_(\d+)")  # of outer and inner, or of f alone
-    split = {m: [part for part in found.groups() if part] for m in self.metrics if (found := of_degree.fullmatch(m))}
-    columns = [arm] if arm in self.parameters else []
-    parts = [_by(t, columns, m).assign(metric=name, degree=degree) for m, (name, degree) in split.items() if len(t := self.finished(metric).dropna(subset=[m]))]
-    return pd.concat(parts, ignore_index=True)[[*columns, "metric", "degree", "n", "mean", "sd", "low", "high"]] if parts else pd.DataFrame()
+    return pd.DataFrame({"parameter": list(shares), "importance": list(shares.values()),
+                         "explained": float(forest.oob_score_)})
 
 # %% ../../nbs/11_analysis.ipynb #859d7675
-@patch
-def rerun(self: RunTable, metric: str = METRIC, arm: str = ARM, seeds: int = 6, minimize: bool = False) -> list[str]: # shell commands
-    "Train the best configuration again, every arm of it, on seeds that the sweep did not see"
-    best = self.configurations(metric, minimize).iloc[0]
-    arms = shown(self.finished(metric)[arm]) if arm in self.parameters else ["best"]
-    first = 1000 * (1 + int(self.table.seed.max() if self.table.seed.notna().any() else 0) // 1000)
-    few = len(self.fixed) <= 40         # a whole config is no command line
-    shared = {k: v for k, v in self.fixed.items() if few and v is not None}
-    def flags(a):
-        chosen = shared | best[self.parameters].dropna().to_dict() | ({arm: a} if arm in self.parameters else {})
-        return " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in chosen.items())
-    return ([] if few else ["# add what all runs share: the settings in their config.yaml"]) + [
-        f"for s in $(seq {first} {first + seeds - 1}); do bgrpo train {flags(a)} --seed $s --output_dir runs/fresh/{a}-$s; done" for a in arms]
-
-# %% ../../nbs/11_analysis.ipynb #83652073
-@patch
-def differences(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, seed: int = 0) -> list[Comparison]: # by pairs, by seeds, unpaired
-    "Every treatment against the baseline; p values times the number of treatments (Bonferroni)"
-    treatments, baseline = self.arms(arm, baseline, metric)
-    out = []
-    for treatment in treatments:
-        for unit in ("pairs", "seeds", "runs"):
-            try: c = self.difference(metric, arm, baseline, treatment, unit, seed)
-            except ValueError: continue     # they do not pair; `pairs` says why
-            if unit != "seeds" or c.n < out[-1].n: out.append(c._replace(p_value=min(1.0, c.p_value * len(treatments))))
-    return out
+_MOST_FLAGS = 40 # a whole config makes no command line
 
 @patch
-def conclusion(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, seed: int = 0) -> list[str]: # sentences, then notes
-    "What a reader takes from `differences`"
-    found = self.differences(metric, arm, baseline, seed)
-    lines = [str(c) for c in found if c.unit != "runs"]
-    if not lines:
-        try: self.pairs(metric, arm, baseline, found[0].treatment)
-        except ValueError as e: lines = [str(e).split(", or compare")[0] + ". Unpaired, as two heaps of numbers:", *map(str, found)]
-    for by_pairs, by_seeds in zip(found, found[1:]):
-        if (by_pairs.unit, by_seeds.unit) == ("pairs", "seeds") and by_pairs.found and not by_seeds.found and by_seeds.n >= 6:
-            lines.append("By seeds it is not found: what a seed brings to one arm at every setting may explain it. Believe the row by seeds.")
-    return lines + list(dict.fromkeys(n for c in found for n in c.notes))
+def rerun(self: RunTable, metric: str = METRIC, arm: str = ARM, seeds: int = 6, minimize: bool = False,
+          ) -> list[str]: # shell commands
+    "Train the best configuration again, in every arm of it, on new seeds"
+    best = self.configurations(metric, minimize).iloc[0][self.parameters].dropna().to_dict()
+    has_arm = arm in self.parameters
+    names = categories(self.finished(metric)[arm]) if has_arm else ["best"]
+    largest = int(self.table.seed.max()) if self.table.seed.notna().any() else 0
+    first = 1000 * (1 + largest // 1000)
+    complete = len(self.fixed) <= _MOST_FLAGS
+    shared = {k: v for k, v in self.fixed.items() if complete and v is not None}
+    lines = [] if complete else ["# add what all runs share: the settings in their config.yaml"]
+    for name in names:
+        chosen = shared | best | ({arm: name} if has_arm else {})
+        flags = " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in chosen.items())
+        lines.append(f"for s in $(seq {first} {first + seeds - 1}); do bgrpo train {flags} --seed $s "
+                     f"--output_dir runs/fresh/{name}-$s; done")
+    return lines
 
 # %% ../../nbs/11_analysis.ipynb #8f60bc26
 @patch
-def report(self: RunTable, out,                      # folder
+def report(self: RunTable, out, # folder
            metric: str = METRIC, arm: str = ARM, baseline=None,
-           minimize: bool = False, n_best: int = 5, seed: int = 0) -> Path: # report.html; beside it tidy.csv and data/*.csv
-    "Write everything into one HTML file that needs no network"
+           minimize: bool = False, n_best: int = 5, seed: int = 0,
+           ) -> Path: # report.html; beside it tidy.csv and data/*.csv
+    "Write everything into one HTML file"
     return write_report(self, out, metric, arm, baseline, minimize, n_best, seed)

@@ -1,48 +1,109 @@
-"""Figures of a table of runs. What they draw they ask of the table: `pairs`, `bands`, `degrees`, `finished`."""
+"""The figures of a table of runs.
+
+`RunTable` inherits from `Figures`. What a figure shows it asks of the table (`pairs`, `bands`, `degrees`, `finished`),
+so the numbers of every figure can be had without it."""
 import numpy as np
 import pandas as pd
 
 from bgrpo_nb.base.plotting import use_style
-from bgrpo_nb.study.run_readers import METRIC
+from bgrpo_nb.study.run_readers import ARM, METRIC
 
-ARM = "rollout"
+MOST_CATEGORIES = 12  # a setting with more values is drawn on an axis of numbers
+MOST_TICKS = 6        # of one axis of the parallel coordinates
 
 
-def _colour(i: int) -> str: # matplotlib looks up C0, C1, … when it draws, and then the style is gone
-    "Of the style in use"
+def _colour(i: int) -> str:
+    "The i-th colour of the style in use; matplotlib would look up C0, C1, … only after the style is gone"
     import matplotlib.pyplot as plt
-    return plt.rcParams["axes.prop_cycle"].by_key()["color"][i % 7]
-
-def label_of(metric): return metric.removeprefix("eval_").replace("_", " ")
-
-
-def _is_log(values): return pd.api.types.is_numeric_dtype(values) and values.min() > 0 and values.max() >= 10 * values.min()
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    return colours[i % len(colours)]
 
 
-def shown(values: pd.Series) -> list: # at most 12, in order
-    "Values that get a box each; empty where there are too many"
+def label_of(metric: str) -> str:
+    "A metric's name as a figure writes it"
+    return metric.removeprefix("eval_").replace("_", " ")
+
+
+def _is_number(values: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+
+
+def _is_log(values: pd.Series) -> bool:
+    "Numbers that span a factor of ten or more"
+    return pd.api.types.is_numeric_dtype(values) and values.min() > 0 and values.max() >= 10 * values.min()
+
+
+def categories(values: pd.Series) -> list:
+    "The different values in order, numbers first; empty where there are too many to draw each"
     found = sorted(values.dropna().unique().tolist(), key=lambda v: (isinstance(v, str), v))
-    return found if len(found) <= 12 else []
+    return found if len(found) <= MOST_CATEGORIES else []
 
 
-def _boxes(ax, groups, i, of, label):
-    at = np.arange(len(groups)) + (i - (of - 1) / 2) * 0.8 / of
-    ax.boxplot(groups, positions=at, widths=0.6 / of, showfliers=False, manage_ticks=False, boxprops=dict(color=_colour(i)), whiskerprops=dict(color=_colour(i)),
-               capprops=dict(color=_colour(i)), medianprops=dict(color=_colour(i)))
-    for k, (x, group) in enumerate(zip(at, groups)): ax.plot(np.full(len(group), x), group, "o", markersize=3, alpha=0.6, color=_colour(i), label=None if k else label)
+def _tick_label(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _axis(values: pd.Series) -> tuple[np.ndarray, list]: # heights 0 to 1; (height, text) of the ticks
-    "Where the values of one setting lie"
-    if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
-        codes, names = pd.factorize(values.astype(str), sort=True)
-        return codes / max(len(names) - 1, 1), [(i / max(len(names) - 1, 1), str(n)) for i, n in enumerate(names)]
+def _draw_boxes(ax, groups, arm_index: int, n_arms: int, label: str):
+    "A box and its points for each group of one arm, beside those of the other arms"
+    offset = (arm_index - (n_arms - 1) / 2) * 0.8 / n_arms
+    positions, colour = np.arange(len(groups)) + offset, _colour(arm_index)
+    parts = {f"{part}props": dict(color=colour) for part in ("box", "whisker", "cap", "median")}
+    ax.boxplot(groups, positions=positions, widths=0.6 / n_arms, showfliers=False, manage_ticks=False, **parts)
+    for k, (x, group) in enumerate(zip(positions, groups)):
+        points = np.full(len(group), x)
+        ax.plot(points, group, "o", markersize=3, alpha=0.6, color=colour, label=None if k else label)
+
+
+def _text_axis(values: pd.Series) -> tuple[np.ndarray, list]:
+    "Heights from 0 to 1 of values that are no numbers, and (height, label) of the ticks"
+    codes, names = pd.factorize(values.astype(str), sort=True)
+    top = max(len(names) - 1, 1)
+    return codes / top, [(i / top, str(name)) for i, name in enumerate(names)]
+
+
+def _number_axis(values: pd.Series) -> tuple[np.ndarray, list]:
+    "Heights from 0 to 1 of numbers, and (height, label) of the ticks"
     log = _is_log(values)
-    v = np.log(values.astype(float)) if log else values.astype(float)
-    low, high = v.min(), v.max()
-    at = ((v - low) / ((high - low) or 1)).fillna(0.5).to_numpy()
-    ticks = shown(values) if 0 < len(shown(values)) <= 6 else [np.exp(t) if log else t for t in (low, (low + high) / 2, high)]
-    return at, [(((np.log(t) if log else t) - low) / ((high - low) or 1), f"{t:.3g}") for t in ticks]
+    scaled = np.log(values.astype(float)) if log else values.astype(float)
+    low, high = scaled.min(), scaled.max()
+    span = (high - low) or 1
+    heights = ((scaled - low) / span).fillna(0.5).to_numpy()
+    few = categories(values)
+    if 0 < len(few) <= MOST_TICKS: ticks = np.log(few) if log else few
+    else: ticks = [low, (low + high) / 2, high]
+    return heights, [((t - low) / span, f"{np.exp(t) if log else t:.3g}") for t in ticks]
+
+
+def _axis(values: pd.Series) -> tuple[np.ndarray, list]:
+    "Where the values of one setting are on its axis of the parallel coordinates, and the axis' ticks"
+    return _number_axis(values) if _is_number(values) else _text_axis(values)
+
+
+def _draw_axes(ax, columns: dict[str, pd.Series]) -> list[np.ndarray]:
+    "The vertical axes of the parallel coordinates; returns the runs' heights on each"
+    box = dict(boxstyle="square,pad=0.1", facecolor="white", edgecolor="none", alpha=0.7)
+    heights = []
+    for x, values in enumerate(columns.values()):
+        at, ticks = _axis(values)
+        heights.append(at)
+        ax.axvline(x, color="black", linewidth=0.8)
+        for y, text in ticks: ax.text(x + 0.03, y, text, fontsize=7, va="center", bbox=box, zorder=4)
+    ax.set_xticks(range(len(columns)), [name.removeprefix("eval_").replace("_", "\n") for name in columns])
+    ax.set_yticks([])
+    ax.grid(False)
+    for side in ax.spines.values(): side.set_visible(False)
+    return heights
+
+
+def _by_arm(found: pd.DataFrame, arm: str | None):
+    "Name and rows of each arm"
+    return found.groupby(arm) if arm in found else [("all runs", found)]
+
+
+def _draw_band(ax, x, part: pd.DataFrame, label: str):
+    "A line of means and its interval"
+    ax.plot(x, part["mean"], marker="o", markersize=3, label=label)
+    ax.fill_between(x, part.low.astype(float), part.high.astype(float), alpha=0.2)
 
 
 def plot_importance(found: pd.DataFrame): # of `RunTable.importance`
@@ -62,35 +123,38 @@ class Figures:
         "A line a pair, from baseline to treatment, and the differences"
         found = self.pairs(metric, arm, baseline, treatment)
         treatments, baseline = self.arms(arm, baseline, metric)
-        names = [str(baseline), str(treatment if treatment is not None else treatments[0])]
+        treatment = treatments[0] if treatment is None else treatment
         with use_style() as plt:
             fig, (left, right) = plt.subplots(1, 2, figsize=(6, 2.6), width_ratios=[2, 1])
-            for b, t in zip(found.baseline, found.treatment): left.plot([0, 1], [b, t], color=_colour(int(t <= b)), marker="o", markersize=3, linewidth=1, alpha=0.7)
-            left.set(xticks=[0, 1], xticklabels=names, xlim=(-0.3, 1.3), ylabel=label_of(metric), title=f"{len(found)} pairs")
+            for low, high in zip(found.baseline, found.treatment):
+                colour = _colour(int(high <= low))
+                left.plot([0, 1], [low, high], color=colour, marker="o", markersize=3, linewidth=1, alpha=0.7)
+            left.set(xticks=[0, 1], xticklabels=[str(baseline), str(treatment)], xlim=(-0.3, 1.3),
+                     ylabel=label_of(metric), title=f"{len(found)} pairs")
             right.axhline(0, color="black", linewidth=0.8)
-            right.plot(np.linspace(-0.1, 0.1, len(found)), np.sort(found.difference), "o", markersize=3, color=_colour(2))
-            right.set(xticks=[], xlim=(-0.5, 0.5), title=" − ".join(names[::-1]))
+            spread = np.linspace(-0.1, 0.1, len(found))
+            right.plot(spread, np.sort(found.difference), "o", markersize=3, color=_colour(2))
+            right.set(xticks=[], xlim=(-0.5, 0.5), title=f"{treatment} − {baseline}")
             return fig
 
-    def plot_parameters(self, metric: str = METRIC, arm: str | None = ARM):
-        "Box and strip of each arm, parameter by parameter"
-        done = self.finished(metric)
-        arm = arm if arm in self.parameters and shown(done[arm]) else None
+    def _drawn_parameters(self, done: pd.DataFrame, arm: str | None) -> tuple[list[str], str | None]:
+        "The parameters that get a panel each, and the arm that gets the colours"
+        arm = arm if arm in self.parameters and categories(done[arm]) else None
         drawn = [p for p in self.parameters if p != arm and done[p].nunique() > 1]
-        if arm and not drawn: drawn, arm = [arm], None
-        if not drawn: raise ValueError("no setting differs between the runs")
-        arms = shown(done[arm]) if arm else [None]
+        if arm and not drawn: return [arm], None
+        if not drawn: raise ValueError("no setting differs between the runs; there is nothing to draw")
+        return drawn, arm
+
+    def plot_parameters(self, metric: str = METRIC, arm: str | None = ARM):
+        "Box and points of each arm, parameter by parameter"
+        done = self.finished(metric)
+        drawn, arm = self._drawn_parameters(done, arm)
+        parts = [("", done)]
+        if arm: parts = [(str(a), done[done[arm] == a]) for a in categories(done[arm])]
+        down = -(-len(drawn) // 2)
         with use_style() as plt:
-            fig, axes = plt.subplots(-(-len(drawn) // 2), min(2, len(drawn)), figsize=(6, 2.4 * -(-len(drawn) // 2)), squeeze=False, sharey=True)
-            for ax, p in zip(axes.flat, drawn):
-                values = shown(done[p])
-                for i, a in enumerate(arms):
-                    part = done if a is None else done[done[arm] == a]
-                    if values: _boxes(ax, [part[part[p] == v][metric].to_numpy(float) for v in values], i, len(arms), str(a))
-                    else: ax.plot(part[p].astype(float), part[metric], "o", markersize=3, alpha=0.7, color=_colour(i), label=str(a))
-                if values: ax.set_xticks(range(len(values)), [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values])
-                elif _is_log(done[p]): ax.set_xscale("log")
-                ax.set(xlabel=p)
+            fig, axes = plt.subplots(down, min(2, len(drawn)), figsize=(6, 2.4 * down), squeeze=False, sharey=True)
+            for ax, parameter in zip(axes.flat, drawn): _draw_parameter(ax, done[parameter], parts, metric)
             for ax in axes.flat[len(drawn):]: ax.set_axis_off()
             for ax in axes[:, 0]: ax.set_ylabel(label_of(metric))
             if arm: axes[0, 0].legend(title=arm)
@@ -100,25 +164,17 @@ class Figures:
         "A line a run across its settings, to the metric; colour: the arm"
         done = self.finished(metric)
         columns = [p for p in [*self.parameters, "seed"] if done[p].nunique() > 1] + [metric]
-        arms = shown(done[arm]) if arm in columns else []
+        arms = categories(done[arm]) if arm in columns else []
+        colours = [arms.index(a) if a in arms else 0 for a in done[arm]] if arms else [0] * len(done)
+        order = done.reset_index(drop=True).sort_values([*([arm] if arms else []), metric]).index
+        beside = 0.06 * (np.argsort(order) / len(order) - 0.5)   # separates runs with equal settings
         with use_style() as plt:
             fig, ax = plt.subplots(figsize=(6, 2.8))
-            heights = []
-            for x, c in enumerate(columns):
-                at, ticks = _axis(done[c])
-                heights.append(at)
-                ax.axvline(x, color="black", linewidth=0.8)
-                for y, text in ticks: ax.text(x + 0.03, y, text, fontsize=7, va="center", bbox=dict(boxstyle="square,pad=0.1", facecolor="white", edgecolor="none", alpha=0.7), zorder=4)
-            order = done.reset_index(drop=True).sort_values([*([arm] if arms else []), metric]).index
-            heights[:-1] = [h + 0.06 * (np.argsort(order) / len(order) - 0.5) for h in heights[:-1]]      # runs with equal settings beside one another
-            for line, a in zip(np.transpose(heights), done[arm] if arms else [None] * len(done)):
-                ax.plot(range(len(columns)), line, linewidth=0.9, color=_colour(arms.index(a) if a in arms else 0))
+            *settings, last = _draw_axes(ax, {c: done[c] for c in columns})
+            heights = np.transpose([h + beside for h in settings] + [last])
+            for line, i in zip(heights, colours): ax.plot(range(len(columns)), line, linewidth=0.9, color=_colour(i))
             for i, a in enumerate(arms): ax.plot([], [], color=_colour(i), label=str(a))
             if arms: ax.legend(title=arm, loc="center left", bbox_to_anchor=(1.05, 0.5))
-            ax.set_xticks(range(len(columns)), [c.removeprefix("eval_").replace("_", "\n") for c in columns])
-            ax.set_yticks([])
-            ax.grid(False)
-            for side in ax.spines.values(): side.set_visible(False)
             return fig
 
     def plot_history(self, metric: str = METRIC, arm: str | None = ARM):
@@ -126,9 +182,8 @@ class Figures:
         found = self.bands(metric, arm)
         with use_style() as plt:
             fig, ax = plt.subplots()
-            for name, part in found.groupby(arm) if arm in found else [("all runs", found)]:
-                ax.plot(part.step, part["mean"], marker="o", markersize=3, label=f"{name} ({part.n.max()} runs)")
-                ax.fill_between(part.step.astype(float), part.low.astype(float), part.high.astype(float), alpha=0.2)
+            for name, part in _by_arm(found, arm):
+                _draw_band(ax, part.step.astype(float), part, f"{name} ({part.n.max()} runs)")
             ax.set(xlabel="step", ylabel=label_of(metric))
             ax.legend()
             return fig
@@ -136,17 +191,34 @@ class Figures:
     def plot_degrees(self, metric: str = METRIC, arm: str | None = ARM):
         "Metrics degree by degree, with bands; ValueError where no run carries them"
         found = self.degrees(metric, arm)
-        if found.empty: raise ValueError("no run carries its metrics degree by degree; log eval_by_degree, or metrics named like eval_beam_accuracy_3∘2")
+        if found.empty:
+            raise ValueError("no run carries its metrics degree by degree; log eval_by_degree, or metrics named like "
+                             "eval_beam_accuracy_3∘2")
         names = found.metric.unique()
+        across = min(len(names), 3)
+        down = -(-len(names) // across)
+        xlabel = "outer∘inner degree" if "∘" in found.degree.iloc[0] else "degree"
         with use_style() as plt:
-            across = min(len(names), 3)
-            down = -(-len(names) // across)
             fig, axes = plt.subplots(down, across, figsize=(max(6, 3 * across), 2.6 * down), squeeze=False)
             for ax in axes.flat[len(names):]: ax.set_axis_off()
-            for ax, m in zip(axes.flat, names):
-                for name, part in found[found.metric == m].groupby(arm) if arm in found else [("all runs", found[found.metric == m])]:
-                    ax.plot(part.degree, part["mean"], marker="o", markersize=3, label=str(name))
-                    ax.fill_between(part.degree, part.low, part.high, alpha=0.2)
-                ax.set(xlabel="outer∘inner degree" if "∘" in found.degree.iloc[0] else "degree", title=label_of(m))
+            for ax, metric in zip(axes.flat, names):
+                rows = found[found.metric == metric]
+                for name, part in _by_arm(rows, arm): _draw_band(ax, part.degree, part, str(name))
+                ax.set(xlabel=xlabel, title=label_of(metric))
             axes[0, 0].legend()
             return fig
+
+
+def _draw_parameter(ax, values: pd.Series, parts: list, metric: str):
+    "The metric against one parameter: boxes where it has few values, else points; `parts` are the arms and their runs"
+    few, name = categories(values), values.name
+    for i, (label, part) in enumerate(parts):
+        if few:
+            groups = [part[part[name] == v][metric].to_numpy(float) for v in few]
+            _draw_boxes(ax, groups, i, len(parts), label)
+        else:
+            x = part[name].astype(float)
+            ax.plot(x, part[metric], "o", markersize=3, alpha=0.7, color=_colour(i), label=label)
+    if few: ax.set_xticks(range(len(few)), [_tick_label(v) for v in few])
+    elif _is_log(values): ax.set_xscale("log")
+    ax.set(xlabel=name)

@@ -1,82 +1,197 @@
-"""One HTML file of a table of runs that needs no network, and beside it the numbers of every table and figure."""
+"""One HTML file of a table of runs, and beside it the numbers of every table and figure.
+
+The page needs no network: its style, its figures and the script that sorts its tables are in the file. Plumbing of
+chapter 11; what the page says, it asks of the `RunTable`."""
 import html
 import io
 import re
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from bgrpo_nb.base.assets import ASSETS
-from bgrpo_nb.study.analysis_figures import ARM, label_of, plot_importance
-from bgrpo_nb.study.run_readers import METRIC
+from bgrpo_nb.study.analysis_figures import label_of, plot_importance
+from bgrpo_nb.study.run_readers import ARM, METRIC
+
+PAGE_COLOURS = {"#000000": "currentColor", "#ffffff": "var(--paper)",   # the figures' ink and paper
+                "#e6e6e6": "var(--line)", "#cccccc": "var(--line)"}     # grid and frames
+CAPTIONS = {
+    "best": "The best of many runs is partly the best by chance.",
+    "configurations": "Mean and standard deviation over seeds, with Student's 95 % interval; a single seed has none.",
+    "importance": "Shares of the variance by fANOVA. They sum to 1 even where nothing matters: if a forest explains "
+                  "little out of bag, they are shares of noise.",
+    "history": "Finished runs; bands are 95 % intervals over runs.",
+    "rerun": "The best configuration was chosen because it was best, partly by chance. Train it again, in every arm, "
+             "on seeds that the sweep did not use, and analyze those runs alone: bgrpo analyze runs/fresh",
+}
 
 
-def _svg(fig, name: str) -> str: # colours follow the page
-    "A figure as markup"
+def _savefig(fig, name: str) -> str:
+    "A figure as SVG text that is the same each time"
     import matplotlib
     import matplotlib.pyplot as plt
     out = io.StringIO()
+    no_dates = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "axes.unicode_minus": True}):
-        fig.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True)
+        fig.savefig(out, format="svg", metadata=no_dates, transparent=True)
     plt.close(fig)
-    text = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue()[out.getvalue().index("<svg"):], flags=re.S)
-    for colour, role in (("#000000", "currentColor"), ("#e6e6e6", "var(--line)"), ("#ffffff", "var(--paper)"), ("#cccccc", "var(--line)")): text = text.replace(colour, role)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1', text, count=1), count=1)
-    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text).replace("<svg ", '<svg role="img" ', 1)
+    return out.getvalue()
+
+
+def _svg(fig, name: str) -> str:
+    "A figure as markup: as wide as the page, its colours those of the page, its ids its own"
+    text = _savefig(fig, name)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
+    for colour, role in PAGE_COLOURS.items(): text = text.replace(colour, role)
+    tag, rest = text.split(">", 1)
+    tag = re.sub(r' (width|height)="[^"]*"', "", tag).replace("<svg ", '<svg role="img" ')
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", f"{tag}>{rest}")
+
+
+def _cell(value) -> str:
+    "A value as a cell of a table shows it"
+    if value is None or value is pd.NA or value is pd.NaT: return ""
+    if not isinstance(value, float): return html.escape(str(value))
+    return "" if np.isnan(value) else f"{value:.4g}"
+
 
 def _table(frame: pd.DataFrame) -> str:
-    "A table that sorts"
-    def show(v): return "" if v is None or v is pd.NA or v is pd.NaT or (isinstance(v, float) and np.isnan(v)) else f"{v:.4g}" if isinstance(v, float) else html.escape(str(v))
-    head = "".join(f'<th aria-sort="none"><button>{html.escape(str(c))}</button></th>' for c in frame)
-    body = "".join("<tr>" + "".join(f"<td>{show(v)}</td>" for v in row) + "</tr>" for row in frame.itertuples(index=False))
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    "A table that sorts at a click"
+    heads = "".join(f'<th aria-sort="none"><button>{html.escape(str(c))}</button></th>' for c in frame)
+    rows = []
+    for values in frame.itertuples(index=False):
+        cells = "".join(f"<td>{_cell(v)}</td>" for v in values)
+        rows.append(f"<tr>{cells}</tr>")
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def write_report(runs, out,                      # folder
-           metric: str = METRIC, arm: str = ARM, baseline=None,
-           minimize: bool = False, n_best: int = 5, seed: int = 0) -> Path: # report.html; beside it tidy.csv and data/*.csv
+def _said(line: str) -> str:
+    return f"<p class=say>{html.escape(line)}</p>"
+
+
+def _section(title: str, caption: str, *parts) -> str:
+    "A heading and its parts, functions that return HTML; a part that cannot be made is replaced by the reason"
+    made = []
+    for part in parts:
+        try: made.append(part())
+        except ValueError as e: made.append(_said(str(e)))
+    soft = f"<p class=soft>{html.escape(caption)}</p>" if caption else ""
+    body = "".join(dict.fromkeys(made))    # parts that fail for one reason give one message
+    return f"<section><h2>{html.escape(title)}</h2>{soft}{body}</section>"
+
+
+class _Report:
+    "The sections of a report; each method returns HTML, and saves the numbers that it shows"
+
+    def __init__(self, runs, out: Path, metric: str, arm: str, baseline, minimize: bool, n_best: int, seed: int):
+        self.runs, self.out, self.metric, self.arm, self.baseline = runs, out, metric, arm, baseline
+        self.minimize, self.n_best, self.seed = minimize, n_best, seed
+
+    def save(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+        frame.to_csv(self.out / "data" / f"{name}.csv", index=False)
+        return frame
+
+    def table(self, name: str, frame: pd.DataFrame) -> str:
+        self.save(name, frame)
+        return _table(frame) if len(frame) else "<p>None.</p>"
+
+    def figure(self, name: str, frame: pd.DataFrame, fig) -> str:
+        self.save(name, frame)
+        return f"<figure>{_svg(fig, name)}</figure>"
+
+    @cached_property
+    def compared(self): return self.runs.differences(self.metric, self.arm, self.baseline, self.seed)
+
+    def conclusion(self) -> str:
+        lines = self.runs.conclusion(self.metric, self.arm, self.baseline, self.seed, self.compared)
+        return "".join(map(_said, lines))
+
+    def differences(self) -> str:
+        return self.table("differences", pd.DataFrame(self.compared).drop(columns="notes", errors="ignore"))
+
+    def all_pairs(self) -> str:
+        "A figure for each treatment that has pairs"
+        figures = []
+        for treatment in self.runs.arms(self.arm, self.baseline, self.metric)[0]:
+            asked = (self.metric, self.arm, self.baseline, treatment)
+            try: frame = self.runs.pairs(*asked)
+            except ValueError: continue      # the conclusion says why
+            figures.append(self.figure(f"pairs{len(figures) or ''}", frame, self.runs.plot_pairs(*asked)))
+        return "".join(figures)
+
+    def best(self) -> str: return self.table("best", self.runs.best(self.metric, self.n_best, self.minimize))
+
+    def configurations(self) -> str:
+        return self.table("configurations", self.runs.configurations(self.metric, self.minimize))
+
+    def by_setting(self) -> str:
+        frame = self.runs.finished(self.metric)[["run", *self.runs.parameters, "seed", self.metric]]
+        return self.figure("runs", frame, self.runs.plot_parameters(self.metric, self.arm))
+
+    def importance(self) -> str:
+        frame = self.runs.importance(self.metric, seed=self.seed)
+        return self.figure("importance", frame, plot_importance(frame))
+
+    def parallel(self) -> str:
+        return f"<figure>{_svg(self.runs.plot_parallel(self.metric, self.arm), 'parallel')}</figure>"
+
+    def history(self) -> str:
+        frame = self.runs.bands(self.metric, self.arm)
+        return self.figure("history", frame, self.runs.plot_history(self.metric, self.arm))
+
+    def degrees(self) -> str:
+        frame = self.runs.degrees(self.metric, self.arm)
+        return self.figure("degrees", frame, self.runs.plot_degrees(self.metric, self.arm))
+
+    def missing(self) -> str: return self.table("missing", self.runs.missing())
+    def troubles(self) -> str: return self.table("troubles", self.runs.troubles())
+
+    def rerun(self) -> str:
+        lines = self.runs.rerun(self.metric, self.arm, minimize=self.minimize)
+        return "<pre>" + html.escape("\n".join(lines)) + "</pre>"
+
+    def all_runs(self) -> str: return _table(self.runs.table.drop(columns="folder"))
+
+    def intro(self) -> str:
+        better, parameters = "lower" if self.minimize else "higher", ", ".join(self.runs.parameters) or "none"
+        text = (f"{self.runs.counts()}. Metric {self.metric}, {better} is better; parameters {parameters}. "
+                "Intervals are 95 %; they say what other seeds would show on the same validation problems, not what "
+                "other problems would.")
+        return f"<h1>{html.escape(self.title())}</h1><p class=soft>{html.escape(text)}</p>"
+
+    def title(self) -> str: return f"{label_of(self.metric)}: {len(self.runs)} runs"
+
+    def body(self) -> str:
+        sections = [
+            (f"The difference between arms of {self.arm}", "", self.conclusion, self.differences, self.all_pairs),
+            ("Best runs", CAPTIONS["best"], self.best),
+            ("Configurations", CAPTIONS["configurations"], self.configurations),
+            ("By setting", "", self.by_setting),
+            ("Importance", CAPTIONS["importance"], self.importance),
+            ("Every run across its settings", "", self.parallel),
+            ("Over training", CAPTIONS["history"], self.history),
+            ("Across degrees", "", self.degrees),
+            ("Missing cells of the grid", "", self.missing),
+            ("Failed, pruned, running and retried", "", self.troubles),
+            ("What to do next", CAPTIONS["rerun"], self.rerun),
+            ("All runs", "", self.all_runs),
+        ]
+        return "\n".join([self.intro(), *(_section(*parts) for parts in sections)])
+
+
+def write_report(runs, out, # RunTable, folder
+                 metric: str = METRIC, arm: str = ARM, baseline=None,
+                 minimize: bool = False, n_best: int = 5, seed: int = 0,
+                 ) -> Path: # report.html; beside it tidy.csv and data/*.csv
     "Write everything into one HTML file that needs no network"
-    out, done = Path(out), runs.finished(metric)
+    out = Path(out)
+    runs.finished(metric)      # raises where there is nothing to report
     (out / "data").mkdir(parents=True, exist_ok=True)
     runs.to_csv(out / "tidy.csv")
-    def keep(name, frame): frame.to_csv(out / "data" / f"{name}.csv", index=False); return frame
-    def table(name, make): return lambda: _table(found) if len(found := keep(name, make())) else "<p>None.</p>"
-    def figure(name, make, plot): return lambda: f"<figure>{_svg(plot(keep(name, make())), name)}</figure>"
-    def said(): return "".join(f"<p class=say>{html.escape(line)}</p>" for line in runs.conclusion(metric, arm, baseline, seed))
-    def weighed(cache=[]): return cache[0] if cache else cache.append(runs.importance(metric, seed=seed)) or cache[0]
-    def next_step(): return "<pre>" + html.escape("\n".join(runs.rerun(metric, arm, minimize=minimize))) + "</pre>"
-    try: treatments = [c.treatment for c in runs.differences(metric, arm, baseline, seed) if c.unit == "pairs"]
-    except ValueError: treatments = []
-    sections = [
-        (f"The difference between arms of {arm}", "", said, table("differences", lambda: pd.DataFrame(runs.differences(metric, arm, baseline, seed)).drop(columns="notes", errors="ignore")),
-         *(figure(f"pairs{i or ''}", lambda t=t: runs.pairs(metric, arm, baseline, t), lambda _, t=t: runs.plot_pairs(metric, arm, baseline, t)) for i, t in enumerate(treatments))),
-        ("Best runs", "The best of many is partly the luckiest of many.", table("best", lambda: runs.best(metric, n_best, minimize))),
-        ("Configurations", "Mean and standard deviation over seeds; Student's interval, none for a single seed.", table("configurations", lambda: runs.configurations(metric, minimize))),
-        ("By setting", "", figure("runs", lambda: done[["run", *runs.parameters, "seed", metric]], lambda _: runs.plot_parameters(metric, arm))),
-        ("Importance", "Shares of the variance by fANOVA. They sum to 1 even where nothing matters: where a forest explains little out of bag, they are shares of noise.",
-         figure("importance", weighed, plot_importance)),
-        ("Every run across its settings", "", lambda: f"<figure>{_svg(runs.plot_parallel(metric, arm), 'parallel')}</figure>"),
-        ("Over training", "Finished runs; bands are 95 % intervals over runs.", figure("history", lambda: runs.bands(metric, arm), lambda _: runs.plot_history(metric, arm))),
-        ("Across degrees", "", figure("degrees", lambda: runs.degrees(metric, arm), lambda _: runs.plot_degrees(metric, arm))),
-        ("Missing cells of the grid", "", table("missing", runs.missing)),
-        ("Failed, pruned, running and retried", "", table("troubles", runs.troubles)),
-        ("What to do next", "The best configuration was chosen by its luck, too. Train it again, every arm of it, on seeds that the sweep did not see, and analyze those runs alone: "
-         "bgrpo analyze runs/fresh", next_step),
-        ("All runs", "", lambda: _table(runs.table.drop(columns="folder"))),
-    ]
-    title = f"{label_of(metric)}: {len(runs)} runs"
-    intro = (f"{runs.counts()}. Metric {metric}, {'lower' if minimize else 'higher'} is better; parameters {', '.join(runs.parameters) or 'none'}. Intervals are 95 %; they say what other "
-             "seeds would show on the same validation problems, not what other problems would.")
-    body = [f"<h1>{html.escape(title)}</h1><p class=soft>{html.escape(intro)}</p>", *(_section(*s) for s in sections)]
-    page = (ASSETS / "report.html").read_text(encoding="utf-8").replace("{{title}}", html.escape(title)).replace("{{body}}", "\n".join(body))
+    report = _Report(runs, out, metric, arm, baseline, minimize, n_best, seed)
+    page = (ASSETS / "report.html").read_text(encoding="utf-8")
+    page = page.replace("{{title}}", html.escape(report.title())).replace("{{body}}", report.body())
     (out / "report.html").write_text(page, encoding="utf-8")
     return out / "report.html"
-
-def _section(title: str, caption: str, *makers) -> str:
-    "A heading and its parts; a message where there is nothing to show"
-    def made(make):
-        try: return make()
-        except ValueError as e: return f"<p class=say>{html.escape(str(e))}</p>"
-    parts = list(dict.fromkeys(map(made, makers)))      # what cannot be compared is said once
-    return f"<section><h2>{html.escape(title)}</h2>" + (f"<p class=soft>{html.escape(caption)}</p>" if caption else "") + "".join(parts) + "</section>"
