@@ -331,6 +331,14 @@ def test_quartos_words_become_mysts(tmp_path):
     assert "[first](../00_first.ipynb)" in text_of(stage, "tutorials/second")
 
 
+def test_a_caption_may_go_over_several_lines():
+    source = "#| exports\n#| label: fig-a\n#| fig-cap: >-\n#|   The path: of each\n#|   node.\nx = 1"
+    options = build_site.folded_options(source)
+    cell = {"source": "#| label: fig-a\n#| fig-cap: >-\n#| The: path: of each\nx = 1", "written_options": options}
+    assert build_site.options_and_code(cell) == ({"label": "fig-a", "fig-cap": "The path: of each node."}, "x = 1")
+    assert build_site.folded_options("#| exports\n#| label: fig-a\nx = 1") is None
+
+
 def test_words_in_backticks_lead_to_the_reference(tmp_path):
     source = "`bgrpo_nb.beam_search`, `solve.decomposition`, `decompose`, `base/`, `read_metrics()`, `start`, `no_name`"
     stage = staged(tmp_path, **{"tutorials__first": notebook(nbformat.v4.new_markdown_cell(source))})

@@ -105,8 +105,16 @@ def is_image(output): return any(mime.startswith("image/") for mime in output.ge
 def options_and_code(cell):
     "(Quarto's options, the code below them) of a code cell"
     lines = "".join(cell["source"]).splitlines()
-    options = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("#|"))) or {}
+    given = cell.get("written_options") or [line[2:] for line in lines if line.startswith("#|")]
+    options = yaml.safe_load("\n".join(given)) or {}
     return options, "\n".join(line for line in lines if not line.startswith("#|")).strip()
+
+
+def folded_options(source):
+    "Quarto's options of a cell as they were written, if one of them goes over several lines; nbdev cuts those apart"
+    lines = [line[2:] for line in source.splitlines() if line.startswith("#|")]
+    options = [line for line in lines if re.match(r"  | ?[\w-]+:", line)]    # an option, or what continues one
+    return options if any(line.startswith("  ") for line in options) else None
 
 
 def names_in(cell):
@@ -128,6 +136,7 @@ class Page:
         self.title = numbered(self.front["title"], chapter_number(self.path.name))
         self.module = exported_modules().get(f"nbs/{self.path}")
         self.has_h2 = False
+        self.restore_options()
         self.names = {documented_name(c).lower() for c in self.nb["cells"] if c.get("has_sd")}
 
     @property
@@ -135,6 +144,15 @@ class Page:
 
     @cached_property
     def widgets(self): return self.nb["metadata"].get("widgets", {}).get(STATE, {}).get("state", {})
+
+    def restore_options(self):
+        "Options over several lines, from the notebook itself"
+        source = REPO / "nbs" / self.path
+        if not source.is_file(): return
+        written = {c["id"]: "".join(c["source"]) for c in json.loads(source.read_text())["cells"] if "id" in c}
+        for cell in self.nb["cells"]:
+            options = folded_options(written.get(cell.get("id"), ""))
+            if options: cell["written_options"] = options
 
     def node(self, dotted):
         "The definition of a name in the page's module, or None"
