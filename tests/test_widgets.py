@@ -63,9 +63,9 @@ PAGES = {"equivalence": ".bgrpo-explain", "beams": ".bgrpo-show-beams", "group":
 
 @pytest.fixture(scope="module")
 def voila(tmp_path_factory):
-    "The address of what `voila explorers` serves, and the server's folder"
+    "The address of what `voila nbs/_explorers` serves, and the server's folder"
     folder = tmp_path_factory.mktemp("voila")
-    words = ["voila", str(REPO / "explorers"), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
+    words = ["voila", str(REPO / "nbs/_explorers"), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
              f"--VoilaExecutor.timeout={SECONDS}"]
     with server(folder, *words, path="/voila/static/favicon.ico") as address: yield address, folder
 
@@ -112,7 +112,7 @@ def type_in(explorer, label, text):
 
 
 def test_there_is_a_page_for_each_explorer():
-    pages = {path.stem: json.loads(path.read_text())["cells"] for path in (REPO / "explorers").glob("*.ipynb")}
+    pages = {path.stem: json.loads(path.read_text())["cells"] for path in (REPO / "nbs/_explorers").glob("*.ipynb")}
     assert set(pages) == set(PAGES)
     for name, cells in pages.items():
         assert [cell["cell_type"] for cell in cells] == ["markdown", "code"], name
@@ -210,9 +210,9 @@ def test_run_explorer(explorer):
 
 def test_sweep_explorer(explorer):
     reads(explorer, "24 runs")
-    reads(explorer, "n = 12 pairs: a difference")
+    reads(explorer, "n = 12 pairs: difference found")
     type_in(explorer, "where", "seed < 2")
-    reads(explorer, "undecided: 4 pairs cannot reach p = 0.05")
+    reads(explorer, "undecided, since 4 pairs can at best give p = 0.12")
     explorer.locator("select").nth(1).select_option("learning_rate")
     reads(explorer, "learning_rate 3e-05 − 1e-05")
     type_in(explorer, "where", "seed <")
@@ -249,7 +249,6 @@ def test_jupyterlab_once(browser, tmp_path):
 
 def test_the_group_explorers_step_is_the_trainers(tmp_path):
     "One step of BGRPOTrainer on one group, and `step_on`: the same weights"
-    import torch
     from datasets import Dataset
 
     from bgrpo_nb.solve.beam_filter import answer_tokens

@@ -285,8 +285,8 @@ def _unpaired_note(self: RunTable, metric: str, arm: str, values, n_pairs: int) 
     "How many finished runs have no partner"
     done = self.finished(metric)
     points = done[done[arm].isin(values)].drop_duplicates([*self.parameters, "seed"])
-    alone = len(points) - 2 * n_pairs
-    return [f"{alone} finished runs have no partner and are left out."] if alone else []
+    alone, names = len(points) - 2 * n_pairs, " − ".join(map(str, values))
+    return [f"{names}: {alone} finished runs have no partner and are left out."] if alone else []
 
 @patch
 def difference(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=None, treatment=None,
@@ -298,8 +298,9 @@ def difference(self: RunTable, metric: str = METRIC, arm: str = ARM, baseline=No
     treatments, baseline = self.arms(arm, baseline, metric)
     treatment = self._choose_treatment(treatments, treatment, arm)
     notes = self.notes(arm, metric)
-    if unit != "runs": notes += self._unpaired_note(metric, arm, [treatment, baseline],
-                                                    len(self.pairs(metric, arm, baseline, treatment)))
+    if unit != "runs":
+        n_pairs = len(self.pairs(metric, arm, baseline, treatment))
+        notes += self._unpaired_note(metric, arm, [treatment, baseline], n_pairs)
     data = self.samples(metric, arm, [treatment, baseline], unit)
     p, smallest = _test(data, unit, seed)
     parts = tuple(data) if unit == "runs" else (data[:, 0] - data[:, 1],)
@@ -440,7 +441,7 @@ def _is_numeric(values: pd.Series) -> bool:
     numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
     return numeric and values.notna().all()
 
-def _as_study(done: pd.DataFrame, columns: list[str], metric: str) -> "optuna.Study":
+def _as_study(done: pd.DataFrame, columns: list[str], metric: str) -> object: # an optuna.Study
     "The table as a finished Optuna study; a setting that some runs lack has one value more"
     import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution

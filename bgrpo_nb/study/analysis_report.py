@@ -17,6 +17,8 @@ from bgrpo_nb.study.run_readers import ARM, METRIC
 
 PAGE_COLOURS = {"#000000": "currentColor", "#ffffff": "var(--paper)",   # the figures' ink and paper
                 "#e6e6e6": "var(--line)", "#cccccc": "var(--line)"}     # grid and frames
+COMPARED = ["treatment", "baseline", "unit", "n", "mean", "low", "high", "p_value", "smallest", "comparisons", "arm",
+            "metric"]   # columns of the differences
 CAPTIONS = {
     "best": "The best of many runs is partly the best by chance.",
     "configurations": "Mean and standard deviation over seeds, with Student's 95 % interval; a single seed has none.",
@@ -109,7 +111,7 @@ class _Report:
         return "".join(map(_said, lines))
 
     def differences(self) -> str:
-        return self.table("differences", pd.DataFrame(self.compared).drop(columns="notes", errors="ignore"))
+        return self.table("differences", pd.DataFrame(self.compared)[COMPARED])
 
     def all_pairs(self) -> str:
         "A figure for each treatment that has pairs"

@@ -2,61 +2,81 @@
 
     python nbs/experiments/study/record.py
 
-`tidy.csv`: one row a trial, with its sweep and the way that it learnt, seconds of training alone and tokens. `record.json`: the accounts and the start.
-`widths.json`: the start and the last policies of two ways, searched at widths from 1 to 30, each width a search of its own: the share solved, and for
-the widest the place of the first valid beam, problem by problem, 0 where there is none."""
+- `tidy.csv`: one row a trial, with its sweep and its way to learn, seconds of training alone, and tokens.
+- `record.json`: provenance, and the metrics of the policy that every run starts from.
+- `widths.json`: that policy and the last policies of two ways, searched at widths from 1 to 30, each width a search of
+  its own: the share of problems solved and, for the widest, the place of the first valid beam of each problem, 0 where
+  there is none."""
 import json
 from pathlib import Path
 
 import torch
 
-from bgrpo_nb.study.analysis import read_runs
-from bgrpo_nb.solve.beam_filter import search_problems
 from bgrpo_nb.algebra.problems import read_problems
-from bgrpo_nb.policy.model import load_model, load_tokenizer
 from bgrpo_nb.base.files import write_json
 from bgrpo_nb.base.run_folder import provenance, read_metrics
+from bgrpo_nb.policy.model import load_model, load_tokenizer
+from bgrpo_nb.solve.beam_filter import search_problems
+from bgrpo_nb.study.analysis import read_runs
 
 HERE, STUDY = Path(__file__).parent, Path("runs/study")
+SWEEPS = ("rollout", "rank", "lists", "original", "longer", "rates")
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 SEARCHED = ("BGRPO", "GRPO")
-WAYS = { # sweep -> its way to learn, from a trial's settings
-    "rollout": lambda s: {"beam": "BGRPO without rank", "mixed": "half beams, half samples", "sample": "GRPO"}[s["rollout"]],
-    "rank": lambda s: "BGRPO",
-    "lists": lambda s: {"right_only": "right ones only", "minimum_risk": "minimum risk"}[s["baseline"]] + f", {s['rollout']}s",
-    "original": lambda s: "BGRPO, original objective",
-    "longer": lambda s: f"GRPO, {s['max_steps']} steps",
-    "rates": lambda s: {"beam": "BGRPO without rank", "sample": "GRPO"}[s["rollout"]] + f", rate {s['learning_rate']:g}",
-}
+OF_ROLLOUT = {"beam": "BGRPO without rank", "mixed": "half beams, half samples", "sample": "GRPO"}
+OF_BASELINE = {"right_only": "right ones only", "minimum_risk": "minimum risk"}
 
 
-def searched(policy, problems):
+def way_of(sweep, settings):
+    "A trial's way to learn"
+    if sweep == "rank": return "BGRPO"
+    if sweep == "original": return "BGRPO, original objective"
+    if sweep == "longer": return f"GRPO, {settings['max_steps']} steps"
+    if sweep == "lists": return f"{OF_BASELINE[settings['baseline']]}, {settings['rollout']}s"
+    way = OF_ROLLOUT[settings["rollout"]]
+    return f"{way}, rate {settings['learning_rate']:g}" if sweep == "rates" else way
+
+
+def search_widths(policy, problems):
     "Share solved at each width; places of the first valid beam at the last"
     model, tokenizer, solved = load_model(policy, device="cpu"), load_tokenizer(policy), []
     for k in WIDTHS:
         verdicts = [s.verdicts for s in search_problems(model, tokenizer, problems, k)]
-        places = [next((i for i, v in enumerate(row, 1) if v), 0) for row in verdicts]
+        places = [next((place for place, valid in enumerate(row, 1) if valid), 0) for row in verdicts]
         solved.append(sum(place > 0 for place in places) / len(places))
     return {"solved": solved, "places": places}
+
+
+def describe_trial(row):
+    "What the table adds to a trial: sweep, way, seconds of training alone, tokens, and a folder of this checkout"
+    folder = Path(row.folder)
+    sweep = folder.parent.parent.name
+    config, metrics = json.loads((folder / "config.json").read_text()), read_metrics(folder / "metrics.jsonl")
+    validating = sum(m.get("eval_seconds", 0) for m in metrics)
+    return {"sweep": sweep, "way": way_of(sweep, config["fixed"] | config["parameters"]),
+            "training_seconds": round(row.seconds - validating, 1),
+            "tokens": max(m.get("num_tokens", 0) for m in metrics),
+            "folder": str(folder.resolve().relative_to(Path.cwd()))}
 
 
 def main():
     torch.set_num_threads(1)
     problems = read_problems(STUDY / "held_out.txt")
-    runs, widths, start = read_runs(*(STUDY / sweep for sweep in WAYS)), {"start": [searched("tiny", problems)]}, None
+    runs = read_runs(*(STUDY / sweep for sweep in SWEEPS))
+    widths = {"start": [search_widths("tiny", problems)]}
     for i, row in runs.table.iterrows():
-        folder, sweep = Path(row.folder), Path(row.folder).parent.parent.name
-        kept, metrics = json.loads((folder / "config.json").read_text()), read_metrics(folder / "metrics.jsonl")
-        way = WAYS[sweep](kept["fixed"] | kept["parameters"])
-        runs.table.loc[i, ["sweep", "way", "training_seconds", "tokens"]] = (
-            sweep, way, round(row.seconds - sum(m.get("eval_seconds", 0) for m in metrics), 1), max(m.get("num_tokens", 0) for m in metrics))
-        runs.table.loc[i, "folder"] = str(folder.resolve().relative_to(Path.cwd()))
-        if way in SEARCHED: widths.setdefault(way, []).append(searched(folder / "policy", problems))
-        if way == "BGRPO": start = json.loads((folder / "result.json").read_text())  # the other sweeps do not validate the policy that all begin with
+        trial = describe_trial(row)
+        runs.table.loc[i, list(trial)] = list(trial.values())
+        if trial["way"] in SEARCHED:
+            widths.setdefault(trial["way"], []).append(search_widths(Path(row.folder) / "policy", problems))
+        if trial["way"] == "BGRPO":    # the other sweeps do not validate the policy that all begin with
+            start = json.loads((Path(row.folder) / "result.json").read_text())
     runs.to_csv(HERE / "tidy.csv")
     (HERE / "widths.json").write_text(json.dumps({"widths": WIDTHS, "ways": widths}) + "\n")
-    write_json(HERE / "record.json", {"command": "make study", "problems": start["problems"], "held_out": start["held_out"], "data": start["data"],
-                                      "start": {k: v for k, v in start["first"].items() if k.startswith("eval_")}, **provenance(None)})
+    first = {k: v for k, v in start["first"].items() if k.startswith("eval_")}
+    write_json(HERE / "record.json", {
+        "command": "make study", "problems": start["problems"], "held_out": start["held_out"], "data": start["data"],
+        "start": first, **provenance(None)})
 
 
 if __name__ == "__main__": main()
