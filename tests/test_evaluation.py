@@ -336,7 +336,7 @@ def test_an_answer_shows_itself_in_the_variable_that_was_typed(f, variable):
     g, (h,) = found[0].to_sympy()
     assert h == variable**3 and sympy.expand(g.subs(sympy.Symbol("b"), h)) == variable**6 + 2*variable**3 + 5
     assert repr(found[0]).startswith(f"Decomposition(g(b) = b**2 + 2*b + 5, h({variable}) = {variable}**3; by the exact algorithm")
-    latex = rf"g(b) = b^{{2}} + 2 b + 5,\quad h = {variable}^{{3}}"
+    latex = rf"g(b) = b^{{2}} + 2 b + 5,\quad h({variable}) = {variable}^{{3}}"
     assert found[0]._repr_latex_() == f"${latex}$" and latex in found[0]._repr_html_()
     assert latex in found._repr_html_() and latex in found._repr_latex_()
     assert isinstance(found, list) and found == list(found) and found[0].inner == "* P 1 ^ a P 3"

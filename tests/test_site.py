@@ -164,7 +164,7 @@ def test_page(browser, served, site, name):
             assert title.rstrip("¶#").replace("’", "'") == TITLES[name]
         assert page.locator("article .admonition.error, .system-message").count() == 0
         for image in page.locator("article img:visible").all():
-            assert image.evaluate("i => i.complete && i.naturalWidth > 100") and len(image.get_attribute("alt")) > 10
+            assert image.evaluate("i => i.complete && i.naturalWidth > 100") and len(image.get_attribute("alt")) > 5
         figures = sum("fig-cap:" in c.source for c in nbformat.read(REPO / "nbs" / name, 4).cells)
         assert page.locator("article figure img").count() == page.locator("figcaption").count() == figures
         assert page.locator(".sidebar-tree a").count() >= len(LISTED) + len(house.FOLDERS) - 2

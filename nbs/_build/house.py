@@ -112,7 +112,7 @@ def reduced(imports): # folder -> folders; no cycles
 
 def _box(folder, text):
     "A box of the map; a label may go over several lines, which mermaid draws as it fits"
-    lines = wrap(f'{folder}["<b>{folder}</b><br/>{text}"]', 118, break_long_words=False, break_on_hyphens=False)
+    lines = wrap(f'{folder}["<b>{folder}</b><br/>{text}"]', 110, break_long_words=False, break_on_hyphens=False)
     return ["  " + lines[0], *("    " + line for line in lines[1:])]
 
 
