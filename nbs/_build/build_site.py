@@ -4,6 +4,7 @@ nbdev processes the notebooks as for Quarto, `Stage` translates what it made fro
 builds the pages. Title and navigation are those of `_quarto.yml`; pages of the API are made from the modules' source.
 A warning, a link that leads nowhere or a request to another host ends the build with a message."""
 import argparse
+import ast
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import yaml
 
 import house
 from reference import (Reference, chapter_number, entry, find_node, heading, hidden_toctree, module_line, outside_code,
-                       slug, source_parts)
+                       patched_class, slug, source_parts)
 
 REPO = house.REPO
 WORK = REPO / "build" / "site"               # staged pages and fetched scripts
@@ -118,8 +119,10 @@ def folded_options(source):
 
 
 def names_in(cell):
-    "Public names that an exported cell defines"
-    return [name for name, _ in source_parts(options_and_code(cell)[1]) if name]
+    "Names that an exported cell defines, as `show_doc` calls them"
+    functions = [node for node in ast.parse(options_and_code(cell)[1]).body if hasattr(node, "name")]
+    owners = [patched_class(node) for node in functions]
+    return [f"{owner}.{node.name}" if owner else node.name for owner, node in zip(owners, functions)]
 
 
 class Page:
@@ -236,7 +239,8 @@ class Stage:
         text = re.sub(r"(\]\([^()\s]*\))\{[^}]*\}", r"\1", text)
         text = re.sub(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(((?!/)[^()\s]+)\)", lambda m: self.file_link(page, m), text)
         text = re.sub(r"\[(`[^`]+`)\]\(/(\w+)\.html#([\w.]+)\)", lambda m: self.name_link(page, m), text)
-        return re.sub(r"(?<![\[`\w])`([\w./]+(?:\(\))?)`(?![\]`])", lambda m: self.word_link(page, m), text)
+        text = re.sub(r"(?<![\[`\w])`([\w./]+(?:\(\))?)`(?![\]`])", lambda m: self.word_link(page, m), text)
+        return re.sub(r"^#+ .*$", without_links, text, flags=re.MULTILINE)
 
     def markdown(self, page, text):
         "A markdown cell"
@@ -360,6 +364,11 @@ class Stage:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, path)
         self.reference.write(target)
+
+
+def without_links(match):
+    "A heading whose names are no links: the first would be one to the heading itself"
+    return re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", match.group(0))
 
 
 def callout(match):
