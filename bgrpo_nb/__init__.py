@@ -24,7 +24,6 @@ Folders and modules, from the ground up:
   once.
 - `search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any causal model of
   Transformers.
-- `search.grammar`: A logits processor that leaves only tokens which can still become well-formed prefix notation.
 - `search.packed_weights`: A guide to the key-value cache; then packed weights, compiled and captured steps, and
   what each of them costs.
 
@@ -56,6 +55,7 @@ Folders and modules, from the ground up:
   package's one style.
 - `solve.evaluation_report`: What an evaluation of test sets writes, made from its summary alone: CSV, Markdown and
   figures.
+- `solve.grammar`: A logits processor that leaves only tokens which can still become well-formed prefix notation.
 - `solve.result_store`: The result store: files in which an evaluation stores results as they come; a killed
   process loses one batch at most.
 - `solve.test_sets`: Many policies on many files: each measured, beside the exact algorithm and the authors'

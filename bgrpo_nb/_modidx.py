@@ -805,18 +805,6 @@ d = {
    'bgrpo_nb.search.generation.sample':
     ('generation.html#sample', 'bgrpo_nb/search/generation.py'),
   },
-  'bgrpo_nb.search.grammar': {
-   'bgrpo_nb.search.grammar.PrefixGrammar':
-    ('grammar.html#prefixgrammar', 'bgrpo_nb/search/grammar.py'),
-   'bgrpo_nb.search.grammar.PrefixGrammar.__call__':
-    ('grammar.html#prefixgrammar.__call__', 'bgrpo_nb/search/grammar.py'),
-   'bgrpo_nb.search.grammar.PrefixGrammar.__init__':
-    ('grammar.html#prefixgrammar.__init__', 'bgrpo_nb/search/grammar.py'),
-   'bgrpo_nb.search.grammar.PrefixGrammar.to':
-    ('grammar.html#prefixgrammar.to', 'bgrpo_nb/search/grammar.py'),
-   'bgrpo_nb.search.grammar._kinds':
-    ('grammar.html#_kinds', 'bgrpo_nb/search/grammar.py'),
-  },
   'bgrpo_nb.search.packed_weights': {
    'bgrpo_nb.search.packed_weights._fits':
     ('fast_search.html#_fits', 'bgrpo_nb/search/packed_weights.py'),
@@ -1234,6 +1222,18 @@ d = {
     ('evaluation.html#name_of', 'bgrpo_nb/solve/evaluation.py'),
    'bgrpo_nb.solve.evaluation.wilson':
     ('evaluation.html#wilson', 'bgrpo_nb/solve/evaluation.py'),
+  },
+  'bgrpo_nb.solve.grammar': {
+   'bgrpo_nb.solve.grammar.PrefixGrammar':
+    ('grammar.html#prefixgrammar', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar.PrefixGrammar.__call__':
+    ('grammar.html#prefixgrammar.__call__', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar.PrefixGrammar.__init__':
+    ('grammar.html#prefixgrammar.__init__', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar.PrefixGrammar.to':
+    ('grammar.html#prefixgrammar.to', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar._kinds':
+    ('grammar.html#_kinds', 'bgrpo_nb/solve/grammar.py'),
   },
   'bgrpo_nb.solve.test_sets': {
    'bgrpo_nb.solve.test_sets.PublishedFigure':

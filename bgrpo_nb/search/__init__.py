@@ -3,5 +3,4 @@
 - `generation`: `beam_search`, `sample` and `greedy`, which read each prompt once and return `Beams`
 - `beam_tree`: `BeamTree`, all beams of a prompt as one tree of tokens; `why_no_tree`, which models cannot use it
 - `packed_weights`: `packed_linears`, faster products on a CPU while a search runs
-- `grammar`: `PrefixGrammar`, a logits processor for well-formed prefix notation
 """
