@@ -210,9 +210,9 @@ def test_run_explorer(explorer):
 
 def test_sweep_explorer(explorer):
     reads(explorer, "24 runs")
-    reads(explorer, "n = 12 pairs: a difference")
+    reads(explorer, "n = 12 pairs: difference found")
     type_in(explorer, "where", "seed < 2")
-    reads(explorer, "undecided: 4 pairs cannot reach p = 0.05")
+    reads(explorer, "undecided, since 4 pairs can at best give p = 0.12")
     explorer.locator("select").nth(1).select_option("learning_rate")
     reads(explorer, "learning_rate 3e-05 − 1e-05")
     type_in(explorer, "where", "seed <")
