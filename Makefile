@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test setup lab docs export bench study
+.PHONY: demo test setup lab explorers docs export bench study
 
 demo: $(READY)
 	@$(BIN)/bgrpo demo
@@ -21,6 +21,10 @@ setup: $(READY)
 # The kernel `python3` is the one of .venv, whatever other kernels there are
 lab: $(READY)
 	@JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab nbs
+
+# The explorers, each a page of its own in the browser
+explorers: $(READY)
+	@JUPYTER_PREFER_ENV_PATH=1 $(BIN)/voila nbs/_explorers
 
 # The site, in _docs; `.venv/bin/python -m http.server -d _docs` shows it. Where Quarto is installed, `nbdev-docs` builds the same pages
 docs: $(READY)

@@ -1,4 +1,4 @@
-"Reads the requirement groups of settings.ini; everything else about the package stands in pyproject.toml."
+"Reads the requirement groups of settings.ini; everything else about the package is in pyproject.toml."
 from configparser import ConfigParser
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"Writes a benchmark's figures beside what they depend on: machine, versions, commit."
+"Writes a benchmark's figures together with what they depend on: machine, versions, commit."
 import json
 import os
 import platform
@@ -16,12 +16,13 @@ def machine():
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = info.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
-    return dict(cpu=cpu, cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                memory_gib=round(memory), threads=torch.get_num_threads(),
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return dict(cpu=cpu, cores=cores, memory_gib=round(pages / 2**30), threads=torch.get_num_threads(), gpu=gpu)
 
 
 def versions():
@@ -35,8 +36,11 @@ def versions():
 
 def commit():
     "The checkout's commit, with `+` where files differ from it"
-    def git(*args): return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    def git(*args):
+        done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip()
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
 def peak_gib():
@@ -46,10 +50,10 @@ def peak_gib():
 
 
 def record(name, results):
-    "Write `results` to benchmarks/results/NAME.json and say so"
+    "Write `results` to benchmarks/results/NAME.json and print its path"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    accounts = dict(date=time.strftime("%Y-%m-%d"), commit=commit(), machine=machine(), versions=versions())
-    path.write_text(json.dumps(accounts | dict(results=results), indent=1) + "\n")
+    provenance = dict(date=time.strftime("%Y-%m-%d"), commit=commit(), machine=machine(), versions=versions())
+    path.write_text(json.dumps(provenance | dict(results=results), indent=1) + "\n")
     print(f"recorded in {path.relative_to(RESULTS.parent.parent)}")
     return path

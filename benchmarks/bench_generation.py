@@ -1,12 +1,14 @@
-"""Beam search over a shared prefix beside `generate` with cache, the original per-beam loop, and the matrix products alone.
+"""Times beam search over a shared prefix, `generate` with cache, the original loop, and the matrix products alone.
 
-6 layers x 512, prompt 250, 40 new tokens, 25 beams, fp32 unless said. Every figure is the median of alternating calls in one process; ratios
-are what counts. Runs on a GPU where there is one, and adds bf16, a captured step, launches per token and the distance to memory bandwidth.
+6 layers x 512, prompt 250, 40 new tokens, 25 beams, fp32 unless said. Every figure is the median of alternating calls
+in one process, so ratios are more reliable than seconds. Where there is a GPU it runs there, and adds bf16, a captured
+step, launches per token and the distance to memory bandwidth.
 
     python benchmarks/bench_generation.py            everything, recorded in benchmarks/results/
     python benchmarks/bench_generation.py --quick    one family and a few points, printed only
 
-On a machine that others use too, GOMP_SPINCOUNT=0 keeps OpenMP's threads from spinning while they wait for one that is not running."""
+On a machine that others use too, GOMP_SPINCOUNT=0 keeps OpenMP's threads from spinning while they wait for one that is
+not running."""
 import argparse
 import copy
 import json
@@ -33,9 +35,10 @@ def wait():
 
 
 def seconds(*functions, repeats=3, warm=True):
-    "Median seconds of each, called in turns, after one unmeasured call"
+    "Median seconds of each, called in turns, after one call that is not measured"
     times = [[] for _ in functions]
-    for f in functions if warm else (): f()
+    if warm:
+        for f in functions: f()
     for _ in range(repeats):
         for f, t in zip(functions, times):
             wait()
@@ -46,7 +49,9 @@ def seconds(*functions, repeats=3, warm=True):
     return [statistics.median(t) for t in times]
 
 
-def prompts(B=1, length=P): return torch.randint(3, 31, (B, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+def prompts(B=1, length=P):
+    seeded = torch.Generator().manual_seed(0)
+    return torch.randint(3, 31, (B, length), generator=seeded).to(DEVICE)
 
 
 def policy(dtype=torch.float32, **kwargs):
@@ -56,22 +61,25 @@ def policy(dtype=torch.float32, **kwargs):
 
 
 def ours(model, ids, width=K, new=C, **kwargs):
-    return lambda: beam_search(model, ids, num_beams=width, max_new_tokens=new, eos_token_id=None, pad_token_id=0, **kwargs)
+    how = dict(num_beams=width, max_new_tokens=new, eos_token_id=None, pad_token_id=0) | kwargs
+    return lambda: beam_search(model, ids, **how)
 
 
 def theirs(model, ids, width=K, new=C):
-    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=width, num_return_sequences=width, length_penalty=0.0,
-                                  do_sample=False, max_new_tokens=new, pad_token_id=0, return_dict_in_generate=True, output_scores=True)
+    how = dict(num_beams=width, num_return_sequences=width, length_penalty=0.0, do_sample=False, max_new_tokens=new,
+               pad_token_id=0, return_dict_in_generate=True, output_scores=True)
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **how)
 
 
 def linear_products(model, rows=K, length=P):
     "The matrix products of the linear layers alone: one prefill and C - 1 steps"
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
-    width = [m.weight.shape[0] if type(m).__name__ == "Conv1D" else m.weight.shape[1] for m in layers]
+    def is_conv(layer): return type(layer).__name__ == "Conv1D"
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) or is_conv(m)]
+    widths = [m.weight.shape[0 if is_conv(m) else 1] for m in layers]
     def run():
         with torch.no_grad():
             for n, steps in ((length, 1), (rows, C - 1)):
-                inputs = [torch.zeros(n, w, device=DEVICE, dtype=model.dtype) for w in width]
+                inputs = [torch.zeros(n, w, device=DEVICE, dtype=model.dtype) for w in widths]
                 for _ in range(steps):
                     for m, x in zip(layers, inputs): m(x)
     return run
@@ -79,16 +87,18 @@ def linear_products(model, rows=K, length=P):
 
 @torch.no_grad()
 def per_beam_loop(model, ids, steps):
-    "The original's search, re-written: one forward per beam and step over its whole text, no cache. Seconds of the given steps alone"
+    "The original search, rewritten: a forward per beam and step over its whole text. Seconds of the given steps alone"
     spent, beams = 0.0, [(ids[0].tolist(), 0.0)]
-    fill = [(ids[0].tolist(), -1.0 - k) for k in range(K)]
+    stand_ins = [(ids[0].tolist(), -1.0 - k) for k in range(K)]
     for step in range(C):
-        if step not in steps:                                    # a step that is not timed costs nothing: texts merely grow
-            beams = [(t + [3], s) for t, s in (fill if len(beams) == 1 else beams)]
+        if step not in steps:                                    # not timed: texts grow by any token, without a forward
+            if len(beams) == 1: beams = stand_ins
+            beams = [(tokens + [3], score) for tokens, score in beams]
             continue
         start, candidates = time.perf_counter(), []
         for tokens, score in beams:
-            logp = model(torch.tensor([tokens], device=DEVICE), use_cache=False).logits[0, -1].float().log_softmax(-1)
+            logits = model(torch.tensor([tokens], device=DEVICE), use_cache=False).logits[0, -1]
+            logp = logits.float().log_softmax(-1)
             best, at = logp.topk(min(K, len(logp)))
             candidates += [(tokens + [v], score + x) for v, x in zip(at.tolist(), best.tolist())]
         beams = sorted(candidates, key=lambda c: -c[1])[:K]
@@ -99,7 +109,8 @@ def per_beam_loop(model, ids, steps):
 def check(model, ids):
     "Sequences equal and scores within 1e-3, before anything is timed"
     a, b = ours(model, ids)(), theirs(model, ids)()
-    assert torch.equal(a.sequences, b.sequences[:, ids.shape[1]:].view(a.sequences.shape)), "beams differ"
+    written = b.sequences[:, ids.shape[1]:]
+    assert torch.equal(a.sequences, written.view(a.sequences.shape)), "beams differ"
     assert (a.scores - b.sequences_scores.view(a.scores.shape)).abs().max() < 1e-3, "scores differ"
 
 
@@ -118,12 +129,13 @@ def headline(families, repeats):
     out = {}
     for name, model in families.items():
         check(model, prompts())
-        out[name] = compare(name, ours(model, prompts()), theirs(model, prompts()), linear_products(model), repeats=repeats)
+        mine, other = ours(model, prompts()), theirs(model, prompts())
+        out[name] = compare(name, mine, other, linear_products(model), repeats=repeats)
     return out
 
 
 def compiled(families, repeats):
-    "The same search of a compiled model, beside `generate` as it is; the first search compiles"
+    "The same search of a compiled model, and `generate` of the plain one; the first search compiles"
     out = {}
     for name, model in families.items():
         quick = copy.deepcopy(model)
@@ -133,29 +145,33 @@ def compiled(families, repeats):
         found = ours(quick, prompts())()
         first = time.perf_counter() - start
         assert torch.equal(found.sequences, ours(model, prompts())().sequences), "beams differ"
-        out[name] = compare(f"{name}, compiled", ours(quick, prompts()), theirs(model, prompts()), repeats=repeats) | rounded(first_search_seconds=first)
+        mine, other = ours(quick, prompts()), theirs(model, prompts())
+        out[name] = compare(f"{name}, compiled", mine, other, repeats=repeats) | rounded(first_search_seconds=first)
         one = seconds(ours(quick, prompts(), 1), ours(model, prompts(), 1), repeats=repeats)
         out[name] |= rounded(one_beam_seconds=one[0], one_beam_uncompiled_seconds=one[1])
     return out
 
 
 def original(model, every):
-    "The per-beam loop against ours, in one go"
+    "The per-beam loop and our search"
     steps = range(1, C, every)
     mine, = seconds(ours(model, prompts()), repeats=3)
     spent = per_beam_loop(model, prompts(), set(steps))
-    whole = spent / len(steps) * (C - 1) + spent / len(steps) / K # the first step has one beam
+    each = spent / len(steps)
+    whole = each * (C - 1) + each / K                            # the first step has one beam
     row = rounded(seconds=mine, per_beam_seconds=whole, steps_timed=f"{len(steps)} of {C}", speedup=whole / mine)
     print(f"{'original per-beam loop':28} {row}", flush=True)
     return row
 
 
 def scaling(model, widths, lengths, batches, repeats):
-    "By K; by P; by B (10 beams and 20 tokens there, for `generate` holds B x K whole caches)"
+    "By K; by P; by B (there 10 beams and 20 tokens, because `generate` holds B x K whole caches)"
     def row(key, n, *args, new=C, width=K):
         ids = prompts(*args)
-        return {key: n} | compare(f"{key}={n}", ours(model, ids, width, new), theirs(model, ids, width, new), repeats=repeats, warm=n < 50)
-    return dict(by_width=[row("K", n, 1, P, width=n) for n in widths], by_prompt=[row("P", n, 1, n) for n in lengths],
+        mine, other = ours(model, ids, width, new), theirs(model, ids, width, new)
+        return {key: n} | compare(f"{key}={n}", mine, other, repeats=repeats, warm=n < 50)
+    return dict(by_width=[row("K", n, 1, P, width=n) for n in widths],
+                by_prompt=[row("P", n, 1, n) for n in lengths],
                 by_batch=[row("B", n, n, P, width=10, new=20) for n in batches])
 
 
@@ -174,14 +190,18 @@ def high_water():
     status = Path("/proc/self/status")
     if not status.exists(): return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     Path("/proc/self/clear_refs").write_text("5")
-    return lambda: next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
+    def read():
+        peaks = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(peaks[0].split()[1]) / 2**10
+    return read
 
 
 def peak(who, width):
     "Peak memory of one search beyond the model's, MiB, measured in this process (ask in a fresh one)"
     model, ids = policy(), prompts()
-    search = (ours if who == "ours" else theirs)(model, ids, width, 12)
-    (ours if who == "ours" else theirs)(model, ids, 1, 2)()       # libraries have their buffers before anything is counted
+    searches = ours if who == "ours" else theirs
+    search = searches(model, ids, width, 12)
+    searches(model, ids, 1, 2)()                                  # libraries allocate their buffers before we count
     now = high_water()
     before = now()
     search()
@@ -189,18 +209,24 @@ def peak(who, width):
 
 
 def memory(widths):
-    "Peaks, each in a process of its own, beside the caches' sizes by formula"
+    "Peaks, each in a process of its own, and the caches' sizes by formula"
+    def measured(who, width):
+        command = [sys.executable, __file__, "--peak", who, str(width)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     model, rows = policy(), []
     for width in widths:
-        ask = [subprocess.run([sys.executable, __file__, "--peak", who, str(width)], capture_output=True, text=True, check=True).stdout.split()[-1]
-               for who in ("ours", "generate")]
-        rows.append(dict(K=width) | rounded(peak_mib=float(ask[0]), generate_peak_mib=float(ask[1]),
-                                            generate_cache_mib=cache_mib(model, width * (P + 12)), cache_at_most_mib=cache_mib(model, P + 12 * width)))
+        rows.append(dict(K=width) | rounded(peak_mib=measured("ours", width),
+                                            generate_peak_mib=measured("generate", width),
+                                            generate_cache_mib=cache_mib(model, width * (P + 12)),
+                                            cache_at_most_mib=cache_mib(model, P + 12 * width)))
         print(rows[-1], flush=True)
     return rows
 
 
-KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "linear_pointwise", "reorder_linear"), "attention": ("scaled_dot_product",), "reading and writing state": ("gather", "scatter", "index", "copy_", "cat")}
+KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "linear_pointwise", "reorder_linear"),
+         "attention": ("scaled_dot_product",),
+         "reading and writing state": ("gather", "scatter", "index", "copy_", "cat")}
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cudaGraphLaunch")
 
 
 def profile(model):
@@ -228,11 +254,13 @@ def on_cuda():
         model, ids = policy(dtype), prompts()
         held = sum(p.numel() for p in model.parameters()) * dtype.itemsize + cache_mib(model, P + K * (C - 1)) * 2**20
         for static in (False, True, "capture"):
-            row = compare(f"{dtype} static={static}", ours(model, ids, static=static), theirs(model, ids), linear_products(model), repeats=5)
-            with record_operations(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p: ours(model, ids, static=static)()
-            launches = sum(e.count for e in p.key_averages() if e.key in ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cudaGraphLaunch"))
+            search = ours(model, ids, static=static)
+            row = compare(f"{dtype} static={static}", search, theirs(model, ids), linear_products(model), repeats=5)
+            with record_operations(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p: search()
+            launches = sum(e.count for e in p.key_averages() if e.key in LAUNCHES)
+            least = held / bandwidth                             # seconds to read weights and keys once
             out[f"{str(dtype).removeprefix('torch.')}, static={static}"] = row | rounded(
-                launches_per_step=launches / C, bytes_per_step=held, over_bandwidth=row["seconds"] / C / (held / bandwidth))
+                launches_per_step=launches / C, bytes_per_step=held, over_bandwidth=row["seconds"] / C / least)
     from transformers.utils import is_flash_attn_2_available
     if is_flash_attn_2_available():
         model = policy(torch.bfloat16)
@@ -243,54 +271,79 @@ def on_cuda():
     return out | rounded(bandwidth_gb_per_second=bandwidth / 1e9)
 
 
+PANELS = (("by_width", "K", "beams"), ("by_prompt", "P", "prompt tokens"), ("by_batch", "B", "prompts"))
+
+
 def plot(results):
-    "Time by K, P and B beside `generate`"
+    "Time by K, P and B, of a search and of `generate`"
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     style = Path(__file__).parent.parent / "bgrpo_nb/assets/bgrpo.mplstyle"
     with plt.style.context(style):
         fig, axes = plt.subplots(1, 3, figsize=(8, 2.6))
-        for ax, (name, key, says) in zip(axes, (("by_width", "K", "beams"), ("by_prompt", "P", "prompt tokens"), ("by_batch", "B", "prompts"))):
+        for ax, (name, key, label) in zip(axes, PANELS):
             rows = results[name]
             ax.plot([r[key] for r in rows], [r["generate_seconds"] for r in rows], "o-", label="generate, with cache")
             ax.plot([r[key] for r in rows], [r["seconds"] for r in rows], "o-", label="shared prefix")
-            ax.set(xscale="log", yscale="log", xlabel=says, ylabel="seconds")
+            ax.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds")
         axes[0].legend()
         fig.savefig(RESULTS / "generation.png", dpi=90)
         plt.close(fig)
+
+
+def samples(model, repeats):
+    "16 samples of one prompt, by us and by `generate`"
+    how = dict(num_return_sequences=16, max_new_tokens=C, pad_token_id=0)
+    def draw(): return sample(model, prompts(), eos_token_id=None, **how)
+    def draw_theirs():
+        ids = prompts()
+        return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, **how)
+    return compare("16 samples", draw, draw_theirs, repeats=repeats)
+
+
+def static_shapes(model):
+    "Static shapes against shapes that follow the need"
+    needed, fixed = seconds(ours(model, prompts()), ours(model, prompts(), static=True))
+    return rounded(seconds=needed, static_seconds=fixed, over=fixed / needed)
+
+
+def measure(quick):
+    "All results"
+    model, repeats = policy(), 3 if quick else 9
+    families = {"llama": model}
+    if not quick: families |= {"gpt2": policy(position="learned"), "llama, 2 key heads": policy(num_key_value_heads=2)}
+    results = dict(headline=headline(families, repeats), compiled=compiled(families, repeats),
+                   original=original(model, 13 if quick else 6), profile=profile(model))
+    print("profile", results["profile"], flush=True)
+    results["static"] = static_shapes(model)
+    results["samples"] = samples(model, repeats)
+    half = policy(torch.bfloat16)
+    mine, other = ours(half, prompts()), theirs(half, prompts())
+    results["bfloat16"] = compare("bfloat16", mine, other, linear_products(half), repeats=repeats)
+    if quick: points = (1, 25), (50,), (1,)
+    else: points = (1, 5, 10, 25, 50, 100), (50, 250, 500, 1000, 2000), (1, 4, 8, 16, 32)
+    results |= scaling(model, *points, repeats=1)
+    if DEVICE == "cuda": results["cuda"] = on_cuda()
+    results["conditions"] = dict(device=DEVICE, threads=torch.get_num_threads(),
+                                 load_average=round(os.getloadavg()[0], 1),
+                                 gomp_spincount=os.environ.get("GOMP_SPINCOUNT"))
+    results["memory"] = memory((1, 25) if quick else (1, 10, 25, 50, 100))
+    return results
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one family and a few points, printed only")
     parser.add_argument("--threads", type=int, help="of torch; by default its own choice")
-    parser.add_argument("--peak", nargs=2, metavar=("WHO", "K"), help="print the peak memory of one search: ours or generate")
+    parser.add_argument("--peak", nargs=2, metavar=("WHO", "K"),
+                        help="print the peak memory of one search: ours or generate")
     parser.add_argument("--plot", action="store_true", help="draw the recorded results again")
     args = parser.parse_args()
     if args.threads: torch.set_num_threads(args.threads)
     if args.peak: return print(peak(args.peak[0], int(args.peak[1])))
     if args.plot: return plot(json.loads((RESULTS / "generation.json").read_text())["results"])
-    with torch.no_grad():
-        families = {"llama": policy()}
-        if not args.quick: families |= {"gpt2": policy(position="learned"), "llama, 2 key heads": policy(num_key_value_heads=2)}
-        model, repeats = families["llama"], 3 if args.quick else 9
-        results = dict(headline=headline(families, repeats), compiled=compiled(families, repeats), original=original(model, 13 if args.quick else 6), profile=profile(model))
-        print("profile", results["profile"], flush=True)
-        fixed = seconds(ours(model, prompts()), ours(model, prompts(), static=True))
-        results["static"] = rounded(seconds=fixed[0], static_seconds=fixed[1], over=fixed[1] / fixed[0])
-        def draw(): return sample(model, prompts(), num_return_sequences=16, max_new_tokens=C, eos_token_id=None, pad_token_id=0)
-        def draw_theirs(): return model.generate(prompts(), attention_mask=torch.ones_like(prompts()), do_sample=True, top_k=0, num_return_sequences=16,
-                                                 max_new_tokens=C, pad_token_id=0)
-        results["samples"] = compare("16 samples", draw, draw_theirs, repeats=repeats)
-        half = policy(torch.bfloat16)
-        results["bfloat16"] = compare("bfloat16", ours(half, prompts()), theirs(half, prompts()), linear_products(half), repeats=repeats)
-        results |= scaling(model, *(((1, 25), (50,), (1,)) if args.quick else ((1, 5, 10, 25, 50, 100), (50, 250, 500, 1000, 2000), (1, 4, 8, 16, 32))),
-                           repeats=1)
-        if DEVICE == "cuda": results["cuda"] = on_cuda()
-        results["conditions"] = dict(device=DEVICE, threads=torch.get_num_threads(), load_average=round(os.getloadavg()[0], 1),
-                                     gomp_spincount=os.environ.get("GOMP_SPINCOUNT"))
-        results["memory"] = memory((1, 25) if args.quick else (1, 10, 25, 50, 100))
+    with torch.no_grad(): results = measure(args.quick)
     if args.quick: return
     record("generation", results)
     plot(results)

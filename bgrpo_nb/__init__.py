@@ -2,7 +2,7 @@
 
 Folders and modules, from the ground up:
 
-`bgrpo_nb.base`: What every floor may use: files, processes, the folder of a run, settings, the style of figures.
+`bgrpo_nb.base`: What every floor may use: files, processes, run folders, settings, the style of figures.
 - `base.files`: Files that are written whole or not at all, and files that are read while another process writes
   them.
 - `base.plotting`: One style for all figures of the package.

@@ -1102,6 +1102,8 @@ d = {
     ('decomposition.html#decomposition', 'bgrpo_nb/solve/decomposition.py'),
    'bgrpo_nb.solve.decomposition.Decomposition.__repr__':
     ('decomposition.html#decomposition.__repr__', 'bgrpo_nb/solve/decomposition.py'),
+   'bgrpo_nb.solve.decomposition.Decomposition.__str__':
+    ('decomposition.html#decomposition.__str__', 'bgrpo_nb/solve/decomposition.py'),
    'bgrpo_nb.solve.decomposition.Decomposition._repr_html_':
     ('decomposition.html#decomposition._repr_html_', 'bgrpo_nb/solve/decomposition.py'),
    'bgrpo_nb.solve.decomposition.Decomposition._repr_latex_':
@@ -1128,10 +1130,10 @@ d = {
     ('decomposition.html#_latex_of', 'bgrpo_nb/solve/decomposition.py'),
    'bgrpo_nb.solve.decomposition._load':
     ('decomposition.html#_load', 'bgrpo_nb/solve/decomposition.py'),
-   'bgrpo_nb.solve.decomposition._number_of':
-    ('decomposition.html#_number_of', 'bgrpo_nb/solve/decomposition.py'),
    'bgrpo_nb.solve.decomposition._rename':
     ('decomposition.html#_rename', 'bgrpo_nb/solve/decomposition.py'),
+   'bgrpo_nb.solve.decomposition._variables_of':
+    ('decomposition.html#_variables_of', 'bgrpo_nb/solve/decomposition.py'),
    'bgrpo_nb.solve.decomposition._vocabulary_of':
     ('decomposition.html#_vocabulary_of', 'bgrpo_nb/solve/decomposition.py'),
    'bgrpo_nb.solve.decomposition.decompose':

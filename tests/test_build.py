@@ -13,6 +13,7 @@ REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "nbs" / "_build"))
 import house
 import lint
+import reference
 import sync
 import tables
 
@@ -138,6 +139,48 @@ def test_a_module_that_its_notebook_left_is_named(copy):
     with pytest.raises(SystemExit, match="bgrpo_nb/trainer.py is no longer exported from nbs/09_trainer.ipynb"):
         sync.complete_modules(copy)
     stale.unlink()
+
+
+# The reference
+
+SOURCE = '''
+@dataclass(frozen=True)
+class Beams(Base):
+    "What a search found"
+    ids: list    # (K, C)
+    score: float # nats
+
+    @property
+    def best(self): return self.ids[0] # one line
+
+    def _hidden(self): "Not shown"
+
+@patch
+def cut(self: Beams,
+        n: int, # at most
+        ) -> list:
+    "The first n"
+    return self.ids[:n]
+
+class Search:
+    def __init__(self, width: int): # beams
+        self.width = width
+'''
+
+
+@pytest.mark.parametrize("name,shown", [
+    ("Beams", "@dataclass(frozen=True)\nclass Beams(Base):\n    ids: list    # (K, C)\n    score: float # nats"),
+    ("Beams.best", "@property\ndef best(self):"),
+    ("Beams.cut", "def cut(self: Beams,\n        n: int, # at most\n        ) -> list:"),
+    ("Search", "class Search:\n    def __init__(self, width: int): # beams"),
+])
+def test_a_signature_is_shown_as_it_was_written(tmp_path, name, shown):
+    path = tmp_path / "search.py"
+    path.write_text(SOURCE)
+    module = house.Module("search", path)
+    assert reference.header(module, reference.find_node(module, name)) == shown
+    assert [node.name for node in reference.definitions(module)] == ["Beams", "Search"]
+    assert [node.name for node in reference.methods(module, reference.find_node(module, "Beams"))] == ["cut"]
 
 
 # The map

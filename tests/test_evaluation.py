@@ -335,8 +335,8 @@ def test_an_answer_shows_itself_in_the_variable_that_was_typed(f, variable):
     found = decompose(f, num_beams=3)
     g, (h,) = found[0].to_sympy()
     assert h == variable**3 and sympy.expand(g.subs(sympy.Symbol("b"), h)) == variable**6 + 2*variable**3 + 5
-    assert repr(found[0]).startswith(f"Decomposition(g(b) = b**2 + 2*b + 5, h = {variable}**3; by the exact algorithm")
-    latex = rf"g(b) = b^{{2}} + 2 b + 5,\quad h = {variable}^{{3}}"
+    assert repr(found[0]).startswith(f"Decomposition(g(b) = b**2 + 2*b + 5, h({variable}) = {variable}**3; by the exact algorithm")
+    latex = rf"g(b) = b^{{2}} + 2 b + 5,\quad h({variable}) = {variable}^{{3}}"
     assert found[0]._repr_latex_() == f"${latex}$" and latex in found[0]._repr_html_()
     assert latex in found._repr_html_() and latex in found._repr_latex_()
     assert isinstance(found, list) and found == list(found) and found[0].inner == "* P 1 ^ a P 3"
@@ -344,7 +344,7 @@ def test_an_answer_shows_itself_in_the_variable_that_was_typed(f, variable):
 
 def test_answers_of_every_form_are_shown():
     many = Decomposition("+ P 1 / P 2 + * N 3 ^ b0 P 2 * b0 b1", "a0 & + P 1 ^ a1 P 2", False, 2, -1.25)
-    assert repr(many) == ("Decomposition(g(b0, b1) = -3*b0**2 + b0*b1 + 1/2, h0 = a0, h1 = a1**2 + 1; "
+    assert repr(many) == ("Decomposition(g(b0, b1) = -3*b0**2 + b0*b1 + 1/2, h0(a0) = a0, h1(a1) = a1**2 + 1; "
                           "by beam 2 (-1.25 nats))")
     assert r"g(b_{0}, b_{1})" in many._repr_latex_() and r"\frac{1}{2}" in many._repr_latex_()
     assert many.to_sympy()[1] == (sympy.Symbol("a0"), sympy.Symbol("a1")**2 + 1)

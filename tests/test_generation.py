@@ -1,4 +1,4 @@
-"Beam search, sampling and greedy decoding over a shared prefix: equal to `generate` and to a naive loop, for every family and every shape."
+"Beam search, sampling, greedy decoding: equal to `generate` and to a naive loop, for every family and every shape."
 import gc
 import inspect
 import shutil
@@ -22,21 +22,26 @@ from bgrpo_nb.policy.model import choose_attention, load_tokenizer
 from bgrpo_nb.search.packed_weights import packed_linears, packs
 
 V = 13
-SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64,
-             pad_token_id=0, eos_token_id=None, bos_token_id=None, initializer_range=0.6)
+SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+             max_position_embeddings=64, pad_token_id=0, eos_token_id=None, bos_token_id=None, initializer_range=0.6)
+WIDE = SHAPE | dict(hidden_size=384, intermediate_size=512)    # large enough to be packed
+SMALL_MAMBA = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=None)
 GROUPED = dict(SHAPE, num_key_value_heads=2)
 HEAD = dict(GROUPED, head_dim=8)
 FAMILIES = dict(
-    gpt2=(T.GPT2Config, dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0, eos_token_id=None, bos_token_id=None,
-                             initializer_range=0.6)),
+    gpt2=(T.GPT2Config, dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0,
+                             eos_token_id=None, bos_token_id=None, initializer_range=0.6)),
     llama=(T.LlamaConfig, GROUPED), qwen2=(T.Qwen2Config, GROUPED), qwen3=(T.Qwen3Config, HEAD),
     mistral=(T.MistralConfig, dict(GROUPED, sliding_window=32)), gemma=(T.GemmaConfig, HEAD),
-    gemma2=(T.Gemma2Config, dict(HEAD, sliding_window=32, attn_logit_softcapping=5.0, initializer_range=0.2)), # softcap, windows in every other layer
+    # a soft cap, and windows in every other layer
+    gemma2=(T.Gemma2Config, dict(HEAD, sliding_window=32, attn_logit_softcapping=5.0, initializer_range=0.2)),
     gemma3=(T.Gemma3TextConfig, dict(HEAD, sliding_window=32, initializer_range=0.2)),
-    gpt_neox=(T.GPTNeoXConfig, SHAPE), phi=(T.PhiConfig, GROUPED), opt=(T.OPTConfig, dict(SHAPE, ffn_dim=48, word_embed_proj_dim=32)),
+    gpt_neox=(T.GPTNeoXConfig, SHAPE), phi=(T.PhiConfig, GROUPED),
+    opt=(T.OPTConfig, dict(SHAPE, ffn_dim=48, word_embed_proj_dim=32)),
     mixtral=(T.MixtralConfig, dict(GROUPED, num_local_experts=4)))
 PROMPTS = torch.tensor([[0, 0, 5, 3, 8, 2], [3, 7, 2, 9, 11, 4]])
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+NO_LENGTH_PENALTY = dict(length_penalty=0.0, do_sample=False, return_dict_in_generate=True, output_scores=True)
 NO_END = dict(max_new_tokens=8, eos_token_id=None, pad_token_id=0)
 
 
@@ -59,8 +64,8 @@ def family(name):
 
 
 def by_generate(model, ids, mask, K, C, **kwargs):
-    out = model.generate(ids, attention_mask=mask, num_beams=K, num_return_sequences=K, length_penalty=0.0, do_sample=False, max_new_tokens=C,
-                         pad_token_id=0, return_dict_in_generate=True, output_scores=True, **kwargs)
+    out = model.generate(ids, attention_mask=mask, num_beams=K, num_return_sequences=K, max_new_tokens=C,
+                         pad_token_id=0, **NO_LENGTH_PENALTY, **kwargs)
     return out.sequences[:, ids.shape[1]:].view(len(ids), K, -1), out.sequences_scores.view(len(ids), K)
 
 
@@ -69,15 +74,20 @@ def naive(model, prompt, K, C, eos):
     "No cache, no padding, no tree: every open beam is forwarded over its whole text"
     beams = [([], 0.0)]
     for _ in range(C):
-        going = [b for b in beams if not (b[0] and b[0][-1] in eos)]
-        if not going: break
-        logp = model(torch.tensor([prompt + tokens for tokens, _ in going])).logits[:, -1].float().log_softmax(-1)
-        found = [(t + [v], s + x) for (t, s), row in zip(going, logp.tolist()) for v, x in enumerate(row)]
-        beams = sorted([b for b in beams if b not in going] + found, key=lambda b: -b[1])[:K]
+        open_beams = [b for b in beams if not (b[0] and b[0][-1] in eos)]
+        if not open_beams: break
+        logp = model(torch.tensor([prompt + tokens for tokens, _ in open_beams])).logits[:, -1].float().log_softmax(-1)
+        found = [(t + [v], s + x) for (t, s), row in zip(open_beams, logp.tolist()) for v, x in enumerate(row)]
+        beams = sorted([b for b in beams if b not in open_beams] + found, key=lambda b: -b[1])[:K]
     return beams
 
 
-def as_lists(beams, b): return [(s[:n].tolist(), x.item()) for s, x, n in zip(beams.sequences[b], beams.scores[b], beams.lengths[b]) if n]
+def as_lists(beams, b): # (tokens, score) of each beam of prompt b
+    rows = zip(beams.sequences[b], beams.scores[b], beams.lengths[b])
+    return [(tokens[:n].tolist(), score.item()) for tokens, score, n in rows if n]
+
+
+def prompt_of(b): return PROMPTS[b][MASK[b].bool()].tolist()
 
 
 def assert_same(found, expected, tolerance=1e-4):
@@ -87,7 +97,9 @@ def assert_same(found, expected, tolerance=1e-4):
 
 def padded(prompts):
     P = max(map(len, prompts))
-    return torch.tensor([[0] * (P - len(p)) + p for p in prompts]), torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts])
+    ids = [[0] * (P - len(p)) + p for p in prompts]
+    mask = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -102,8 +114,9 @@ def test_beams_are_those_of_generate(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_beams_that_end_are_those_of_the_naive_loop(name):
-    found = beam_search(family(name), PROMPTS, MASK, num_beams=5, max_new_tokens=6, eos_token_id=[1, 4, 6], pad_token_id=0)
-    for b in range(2): assert_same(as_lists(found, b), naive(family(name), PROMPTS[b][MASK[b].bool()].tolist(), 5, 6, {1, 4, 6}))
+    how = dict(max_new_tokens=6, eos_token_id=[1, 4, 6], pad_token_id=0)
+    found = beam_search(family(name), PROMPTS, MASK, num_beams=5, **how)
+    for b in range(2): assert_same(as_lists(found, b), naive(family(name), prompt_of(b), 5, 6, {1, 4, 6}))
 
 
 prompts = st.lists(st.lists(st.integers(1, V - 1), min_size=1, max_size=9), min_size=1, max_size=4)
@@ -114,7 +127,8 @@ ends = st.sampled_from([(), (1,), (1, 4), (2, 3, 5, 7, 11), tuple(range(1, V))])
 @given(prompts, st.integers(1, 20), st.integers(1, 9), ends, st.sampled_from(["gpt2", "llama"]), st.booleans())
 def test_any_lengths_widths_and_ends(texts, K, C, eos, name, static):
     model, (ids, mask) = family(name), padded(texts)
-    found = beam_search(model, ids, mask, num_beams=K, max_new_tokens=C, eos_token_id=list(eos), pad_token_id=0, static=static)
+    how = dict(max_new_tokens=C, eos_token_id=list(eos), pad_token_id=0)
+    found = beam_search(model, ids, mask, num_beams=K, static=static, **how)
     for b, text in enumerate(texts): assert_same(as_lists(found, b), naive(model, text, K, C, set(eos)))
 
 
@@ -124,16 +138,18 @@ def test_a_long_search_sweeps_its_tree(name):
     kwargs = dict(num_beams=16, max_new_tokens=25, pad_token_id=0)
     ids, mask = padded([[5, 3], [7, 2, 9], [6], [8, 8, 8]])
     for eos in (None, [1], [1, 2, 3]):
-        swept, fixed = (beam_search(family(name), ids, mask, eos_token_id=eos, static=static, **kwargs) for static in (False, True))
+        swept, fixed = (beam_search(family(name), ids, mask, eos_token_id=eos, static=static, **kwargs)
+                        for static in (False, True))
         assert torch.equal(swept.sequences, fixed.sequences) and torch.equal(swept.lengths, fixed.lengths)
         torch.testing.assert_close(swept.scores, fixed.scores, atol=1e-4, rtol=0)
     assert_same(as_lists(swept, 1), naive(family(name), [7, 2, 9], 16, 25, {1, 2, 3}))
 
 
 def test_more_beams_than_words():
-    one = beam_search(family("llama"), PROMPTS, MASK, num_beams=40, max_new_tokens=1, eos_token_id=1, pad_token_id=0)
+    how = dict(num_beams=40, pad_token_id=0)
+    one = beam_search(family("llama"), PROMPTS, MASK, max_new_tokens=1, eos_token_id=1, **how)
     assert one.sequences.shape == (2, V, 1) and torch.isfinite(one.scores).all()
-    ended = beam_search(family("llama"), PROMPTS, MASK, num_beams=40, max_new_tokens=5, eos_token_id=list(range(V)), pad_token_id=0)
+    ended = beam_search(family("llama"), PROMPTS, MASK, max_new_tokens=5, eos_token_id=list(range(V)), **how)
     assert ended.sequences.shape == (2, V, 1)                    # everything ends at once: no fortieth beam is invented
 
 
@@ -168,7 +184,9 @@ class Forwards:
     "Counts a model's forwards and their rows"
     def __init__(self, model): self.model, self.shapes = model, []
     def __enter__(self):
-        def note(module, args, kwargs): self.shapes.append(tuple(kwargs.get("input_ids", args[0] if args else None).shape))
+        def note(module, args, kwargs):
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            self.shapes.append(tuple(ids.shape))
         self.hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
         return self
     def __exit__(self, *_): self.hook.remove()
@@ -194,23 +212,25 @@ def test_settings_come_back_after_an_exception(static):
     try:
         for call, how in ((beam_search, dict(num_beams=3)), (sample, dict(num_return_sequences=3))):
             calls.clear()
-            with pytest.raises(ZeroDivisionError): call(model, PROMPTS, MASK, logits_processor=breaks, static=static, **how, **NO_END)
+            with pytest.raises(ZeroDivisionError):
+                call(model, PROMPTS, MASK, logits_processor=breaks, static=static, **how, **NO_END)
             assert calls == [TREE_ATTENTION] * 3 and model.training and model.config._attn_implementation == "sdpa"
             assert torch.is_grad_enabled()
     finally: model.eval()
 
 
-LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=8)
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
+                original_max_position_embeddings=8)
 TRAINED = {name: FAMILIES[name] for name in ("gpt2", "opt", "llama", "gemma3")} | dict(
-    longrope=(T.LlamaConfig, dict(SHAPE, rope_parameters=LONGROPE)),       # keeps other frequencies once a text is longer than 8 tokens
-    windows=(T.MistralConfig, dict(GROUPED, sliding_window=10)), mamba=(T.MambaConfig, dict(vocab_size=V, hidden_size=32, num_hidden_layers=2,
-                                                                                           state_size=4, eos_token_id=None)))  # these by `generate`
+    longrope=(T.LlamaConfig, dict(SHAPE, rope_parameters=LONGROPE)), # uses other frequencies for texts over 8 tokens
+    windows=(T.MistralConfig, dict(GROUPED, sliding_window=10)),     # this one and the next are searched by `generate`
+    mamba=(T.MambaConfig, SMALL_MAMBA))
 
 
 @pytest.mark.filterwarnings("ignore:.*goes through generate")
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_training_step_after_a_search(name):
-    "Searches run in inference mode: what they return, and what they leave in a model, must not be in the way of gradients"
+    "Searches run in inference mode: neither their results nor what they leave in a model may block gradients"
     kind, shape = TRAINED[name]
     torch.manual_seed(0)
     model = T.AutoModelForCausalLM.from_config(kind(**shape)).eval()
@@ -233,7 +253,8 @@ def test_a_training_step_after_a_search(name):
         found = search(model, prompt, **how, **NO_END)
         assert not any(x.is_inference() for x in found)
         assert torch.autograd.grad(found.scores.requires_grad_().exp().sum(), found.scores)[0].equal(found.scores.exp())
-        for m, optimizer in zip((model, twin), optimizers): train(m, optimizer, found._replace(scores=found.scores.detach()))
+        found = found._replace(scores=found.scores.detach())
+        for m, optimizer in zip((model, twin), optimizers): train(m, optimizer, found)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
     sequences, scores = by_generate(twin, prompt, torch.ones_like(prompt), 4, 8)
     after = beam_search(model, prompt, num_beams=4, **NO_END)   # sees the new weights
@@ -267,25 +288,25 @@ def last_step(model, text, K, C, eos):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_stops_when_nothing_open_can_enter(name):
-    "An open beam holds one of the K places, so a prompt is over when all K have ended, and not a step later"
+    "An open beam is one of the K best, so a prompt is over when all K have ended, and not a step later"
     model, eos, texts = family(name), {1, 2, 3, 4, 5, 6, 7}, [[5, 3, 8], [9, 11, 2], [12, 2, 2], [8, 10, 7]]
     steps = [last_step(model, text, 4, 20, eos) for text in texts]
     assert len(set(steps)) > 1 and max(steps) < 20
-    with Forwards(model) as forwards:
-        beam_search(model, torch.tensor(texts), num_beams=4, max_new_tokens=20, eos_token_id=list(eos), pad_token_id=0)
+    how = dict(num_beams=4, max_new_tokens=20, eos_token_id=list(eos), pad_token_id=0)
+    with Forwards(model) as forwards: beam_search(model, torch.tensor(texts), **how)
     assert len(forwards.shapes) == max(steps)                    # a prefill, and a forward before every further token
     rows = [b for b, _ in forwards.shapes[1:]]
     assert rows == [sum(s > t for s in steps) for t in range(1, max(steps))]  # each prompt leaves at its own end
-    with Forwards(model) as forwards:
-        beam_search(model, torch.tensor(texts), num_beams=4, max_new_tokens=20, eos_token_id=list(eos), pad_token_id=0, static=True)
-    assert len(forwards.shapes) == -(-max(steps) // 8) * 8       # looked at every eight tokens
+    with Forwards(model) as forwards: beam_search(model, torch.tensor(texts), static=True, **how)
+    assert len(forwards.shapes) == -(-max(steps) // 8) * 8       # checked at every eighth token
 
 
 @pytest.mark.parametrize("config, reason", [
-    (T.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=None), "recurrent state"),
+    (T.MambaConfig(**SMALL_MAMBA), "recurrent state"),
     (T.MistralConfig(**GROUPED, sliding_window=10), "window of 10 tokens"),
     (T.Gemma3TextConfig(**HEAD, sliding_window=10), "window of 10 tokens"),
-    (T.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, eos_token_id=None), "no position_ids")], ids=lambda x: type(x).__name__)
+    (T.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, eos_token_id=None), "no position_ids"),
+], ids=lambda x: type(x).__name__)
 def test_families_without_a_tree_warn_once(config, reason):
     from bgrpo_nb.search import generation
     generation._WARNED.clear()
@@ -296,8 +317,8 @@ def test_families_without_a_tree_warn_once(config, reason):
         warnings.simplefilter("always")
         beams = [beam_search(model, PROMPTS, MASK, num_beams=3, **NO_END) for _ in range(2)]
         sample(model, PROMPTS, MASK, num_return_sequences=2, **NO_END)
-    told = [str(w.message) for w in caught if "goes through generate()" in str(w.message)]
-    assert len(told) == 1 and reason in told[0]
+    messages = [str(w.message) for w in caught if "goes through generate()" in str(w.message)]
+    assert len(messages) == 1 and reason in messages[0]
     sequences, scores = by_generate(model, PROMPTS, MASK, 3, 8)
     assert torch.equal(beams[1].sequences, sequences)
     torch.testing.assert_close(beams[1].scores, scores, atol=1e-4, rtol=0)
@@ -311,24 +332,28 @@ def test_greedy_and_samples_from_the_same_engine(name):
     cold = sample(model, PROMPTS, MASK, num_return_sequences=3, temperature=1e-5, **NO_END)
     assert torch.equal(cold.sequences, expected[:, None].expand(-1, 3, -1))
     for static in (False, True):
-        drawn = sample(model, PROMPTS, MASK, num_return_sequences=5, max_new_tokens=8, eos_token_id=[1, 4], pad_token_id=0, static=static,
-                       generator=torch.Generator().manual_seed(0))
+        drawn = sample(model, PROMPTS, MASK, num_return_sequences=5, max_new_tokens=8, eos_token_id=[1, 4],
+                       pad_token_id=0, static=static, generator=torch.Generator().manual_seed(0))
         for b in range(2):
             for tokens, score in as_lists(drawn, b):
-                text = PROMPTS[b][MASK[b].bool()].tolist()
-                with torch.no_grad(): logp = model(torch.tensor([text + tokens])).logits[0, len(text) - 1:-1].log_softmax(-1)
+                text = prompt_of(b)
+                with torch.no_grad(): logits = model(torch.tensor([text + tokens])).logits[0, len(text) - 1:-1]
+                logp = logits.log_softmax(-1)
                 assert abs(logp.gather(1, torch.tensor(tokens)[:, None]).sum().item() - score) < 1e-4
                 assert not {1, 4} & set(tokens[:-1]) and (len(tokens) == 8 or tokens[-1] in (1, 4))
 
 
 def well_formed(words):
     "Prefix notation, read from the left; None while it is unfinished"
-    need, digits = 1, False
+    need = 1
     for i, w in enumerate(words):
         if w in "0123456789": assert i and words[i - 1] in list("PN0123456789")
         else:
             assert not (i and words[i - 1] in list("PN")), "a sign without digits"
-            if w == "&": assert need == 0; need = 1; continue
+            if w == "&":
+                assert need == 0
+                need = 1
+                continue
             assert need > 0
             need += 1 if w in "+*^" else -1
     return need == 0
@@ -340,13 +365,14 @@ def test_the_grammar_in_generate_and_in_beams():
     model = T.AutoModelForCausalLM.from_config(T.LlamaConfig(**dict(GROUPED, vocab_size=len(tokenizer)))).eval()
     model.generation_config.eos_token_id = None
     ids, end = torch.tensor([[5, 6, 7, 8]]), tokenizer.eos_token_id
+    everything, how = torch.ones_like(ids), dict(max_new_tokens=12, pad_token_id=0, eos_token_id=end)
     grammar = PrefixGrammar(tokenizer, prompt_length=4)
-    greedy_theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=end,
-                                   logits_processor=[grammar])[0, 4:].tolist()
-    ours = greedy(model, ids, max_new_tokens=12, eos_token_id=end, pad_token_id=0, logits_processor=grammar)
-    assert ours.sequences[0, 0, :ours.lengths[0, 0]].tolist() == greedy_theirs
-    theirs = by_generate(model, ids, torch.ones_like(ids), 4, 12, eos_token_id=end, logits_processor=[grammar])[0][0].tolist()
-    wide = [beam_search(model, ids, num_beams=8, max_new_tokens=12, eos_token_id=end, pad_token_id=0, logits_processor=grammar, static=s) for s in (False, True)]
+    greedy_theirs = model.generate(ids, attention_mask=everything, do_sample=False, logits_processor=[grammar], **how)
+    ours = greedy(model, ids, logits_processor=grammar, **how)
+    assert ours.sequences[0, 0, :ours.lengths[0, 0]].tolist() == greedy_theirs[0, 4:].tolist()
+    sequences, _ = by_generate(model, ids, everything, 4, 12, eos_token_id=end, logits_processor=[grammar])
+    theirs = sequences[0].tolist()
+    wide = [beam_search(model, ids, num_beams=8, logits_processor=grammar, static=s, **how) for s in (False, True)]
     assert torch.equal(wide[0].sequences, wide[1].sequences)
     for tokens in theirs + [t for t, _ in as_lists(wide[0], 0)]:
         words = tokenizer.convert_ids_to_tokens(tokens)
@@ -355,12 +381,13 @@ def test_the_grammar_in_generate_and_in_beams():
 
 
 def test_the_grammar_of_a_search_in_a_training_step():
-    "Made and first used in inference mode, as a search does it; then on the way of gradients"
+    "Created and first used in inference mode, as in a search; then in a step with gradients"
     tokenizer = load_tokenizer("single")
     with torch.inference_mode():
         inside = PrefixGrammar(tokenizer, prompt_length=0)
         inside(torch.tensor([[1]]), torch.zeros(1, len(tokenizer)))
-    outside, ids, got = PrefixGrammar(tokenizer, prompt_length=0), torch.tensor([tokenizer.convert_tokens_to_ids("+ * P 2".split())] * 2), []
+    outside, got = PrefixGrammar(tokenizer, prompt_length=0), []
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids("+ * P 2".split())] * 2)
     for grammar in (inside, outside):
         logits = torch.zeros(2, len(tokenizer), requires_grad=True)
         grammar(ids, logits.log_softmax(-1)).logsumexp(-1).sum().backward()
@@ -379,17 +406,24 @@ def test_a_compiled_model_is_searched_compiled(name, static):
         for m in (plain, model):
             with torch.no_grad():
                 for x in m.parameters(): x.mul_(1.05)
-        (a, b), (c, d) = ((beam_search(m, PROMPTS[:, -P:], MASK[:, -P:], num_beams=K, static=static, **NO_END),
-                           sample(m, PROMPTS[:, -P:], MASK[:, -P:], num_return_sequences=K, static=static, generator=torch.Generator().manual_seed(0), **NO_END))
-                          for m in (plain, model))
+        ids, mask = PROMPTS[:, -P:], MASK[:, -P:]
+        def beams_and_samples(m):
+            drawn = sample(m, ids, mask, num_return_sequences=K, static=static,
+                           generator=torch.Generator().manual_seed(0), **NO_END)
+            return beam_search(m, ids, mask, num_beams=K, static=static, **NO_END), drawn
+        (a, b), (c, d) = beams_and_samples(plain), beams_and_samples(model)
         assert torch.equal(a.sequences, c.sequences) and torch.equal(b.sequences, d.sequences)
         torch.testing.assert_close(a.scores, c.scores, atol=1e-4, rtol=0)
         counts.append(len(graphs))
     assert counts == [2 if name == "gemma2" and not static else 1] * 3
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler"))])
-@pytest.mark.parametrize("kind, shape", [(T.LlamaConfig, dict(hidden_size=384, intermediate_size=512)), (T.GPT2Config, dict(n_embd=384, n_layer=2, n_head=4))])
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
+@pytest.mark.parametrize("kind, shape", [(T.LlamaConfig, dict(hidden_size=384, intermediate_size=512)),
+                                         (T.GPT2Config, dict(n_embd=384, n_layer=2, n_head=4))])
 def test_a_compiled_model_with_packed_weights(kind, shape, backend):
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -403,42 +437,43 @@ def test_a_compiled_model_with_packed_weights(kind, shape, backend):
 
 
 def test_packed_weights_are_those_of_their_layer():
-    "Two layers with one weight, a block within a block, another model with the same weights, weights that change, a call after the block"
-    x, layers = torch.randn(5, 512), torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512))
+    "Shared weights within a model and between models, nested blocks, weights that change, a call after the block"
+    x, layers = torch.randn(5, 512), torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(2)))
+    layers.insert(1, torch.nn.ReLU())
     layers[2].weight = layers[0].weight
     with torch.no_grad():
         plain = layers(x)
         with packed_linears(layers, rows=5, products=40):
             with packed_linears(layers, rows=5, products=40): torch.testing.assert_close(layers(x), plain)
-            kept = layers[0].forward
+            packed_forward = layers[0].forward
             torch.testing.assert_close(layers(x), plain)
             other = torch.nn.Linear(512, 512)
             other.weight, other.bias = layers[0].weight, layers[0].bias
-            with packed_linears(other, rows=5, products=40): torch.testing.assert_close(other(x), kept(x))
-            torch.testing.assert_close(layers(x), plain)                                       # its copy went with the other's block
+            with packed_linears(other, rows=5, products=40): torch.testing.assert_close(other(x), packed_forward(x))
+            torch.testing.assert_close(layers(x), plain)         # the end of the other block removed the shared copy
         layers[0].weight.mul_(2)
-        assert torch.equal(kept(x), layers[0](x)) and not torch.allclose(layers(x), plain)
+        assert torch.equal(packed_forward(x), layers[0](x)) and not torch.allclose(layers(x), plain)
 
 
 @pytest.mark.skipif(not packs(), reason="this PyTorch packs no weights")
 def test_packed_copies_lend_their_memory_and_nothing_else():
-    "A search packs anew what changed behind autograd's back; old copies go when new ones come, when the model is to be trained, and with the model"
+    "Each search packs again; old copies are freed by the next search, by a search in train mode, and with the model"
     torch.manual_seed(0)
-    model = T.AutoModelForCausalLM.from_config(T.LlamaConfig(**SHAPE | dict(hidden_size=384, intermediate_size=512))).eval()
+    model = T.AutoModelForCausalLM.from_config(T.LlamaConfig(**WIDE)).eval()
     def search(m): return beam_search(m, PROMPTS, MASK, num_beams=4, **NO_END)
-    def copies(): return [weakref.ref(x) for x in packed._USED.get(model, [])]
-    before, first = search(model), copies()
-    assert len(first) == 8 and all(x() is not None for x in first)                             # two layers of four products
-    for w in model.parameters(): w.data.neg_()
-    after, second = search(model), copies()
+    def copies(m): return [weakref.ref(x) for x in packed._USED.get(m, [])]
+    before, first = search(model), copies(model)
+    assert len(first) == 8 and all(x() is not None for x in first) # two layers of four products
+    for w in model.parameters(): w.data.neg_()                     # autograd does not notice
+    after, second = search(model), copies(model)
     assert len(second) == 8 and all(x() is None for x in first) and not packed._PACKED
     fresh = search(deepcopy(model))
     assert torch.equal(after.sequences, fresh.sequences) and torch.equal(after.scores, fresh.scores)
     assert not torch.equal(after.sequences, before.sequences)
     search(model.train())
-    assert not copies() and model.training
+    assert not copies(model) and model.training
     search(model.eval())
-    third = copies()
+    third = copies(model)
     del model
     gc.collect()
     assert third and all(x() is None for x in third)
@@ -449,7 +484,8 @@ def test_neighbours_that_are_fed_alike_are_one_product(bias):
     class Neighbours(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(384, n, bias=bias) for n in (384, 96, 96)) # grouped heads: two of them small
+            self.q_proj = torch.nn.Linear(384, 384, bias=bias)
+            self.k_proj, self.v_proj = (torch.nn.Linear(384, 96, bias=bias) for _ in range(2)) # grouped heads
     layers, x, other = Neighbours(), torch.randn(2, 5, 384), torch.randn(2, 5, 384)
     def products(q, k, v): return [layers.q_proj(q), layers.k_proj(k), layers.v_proj(v)]
     with torch.no_grad():
@@ -463,65 +499,73 @@ def test_neighbours_that_are_fed_alike_are_one_product(bias):
             assert others == (sum(x is not rows[0] for x in rows) if packs() else 3)
 
 
+def tensors(tree): return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
 class Operations(TorchDispatchMode):
-    "Every operation with the shapes it is given; those that make the host wait, apart"
+    "Every operation with the shapes of its inputs; separately, those that make Python wait for the device"
     WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
     def __init__(self):
         super().__init__()
         self.seen, self.waits = [], []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        shapes = tuple(tuple(x.shape) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        shapes = tuple(tuple(x.shape) for x in tensors((args, kwargs)))
         self.seen.append((func.name(), shapes))
         if any(w in func.name() for w in self.WAITS): self.waits.append(func.name())
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("call, how", [(beam_search, dict(num_beams=5)), (sample, dict(num_return_sequences=5))], ids=["beams", "samples"])
+@pytest.mark.parametrize("call, how", [(beam_search, dict(num_beams=5)), (sample, dict(num_return_sequences=5))],
+                         ids=["beams", "samples"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
 def test_static_steps_repeat_one_list_of_operations(name, call, how):
     "What a captured step needs: the same operations on the same shapes, and no waiting for the device between them"
     model, marks, operations = family(name), [], Operations()
     call(model, PROMPTS, MASK, **how, **NO_END)                  # probes are done
     hook = model.register_forward_pre_hook(lambda *_: marks.append((len(operations.seen), len(operations.waits))))
+    how = how | dict(max_new_tokens=15, eos_token_id=1, pad_token_id=0)
     try:
-        with operations: call(model, PROMPTS, MASK, static=True, max_new_tokens=15, eos_token_id=1, pad_token_id=0, **how)
+        with operations: call(model, PROMPTS, MASK, static=True, **how)
     finally: hook.remove()
     between = [(operations.seen[a:b], w2 - w) for (a, w), (b, w2) in zip(marks[1:], marks[2:])]
     assert len(between) == 13
     quiet = [ops for ops, waits in between if not waits]
-    assert len(quiet) == 12 and all(ops == quiet[0] for ops in quiet) # one look in between: has everything ended?
+    assert len(quiet) == 12 and all(ops == quiet[0] for ops in quiet) # one check in between: has everything ended?
 
 
 class Capture(TorchDispatchMode):
-    """A CUDA graph, acted out on the CPU: operations are recorded and leave no trace in what was there before; a replay runs them again on the very same
-    tensors, with the numbers that Python handed them, and writes results where they were first"""
+    """A CUDA graph simulated on the CPU. Recording runs the operations, then restores all memory that existed before.
+    A replay runs them again on the same tensors and Python numbers, and writes the results into the same memory"""
     def __init__(self):
         super().__init__()
         self.tape, self.before = [], {}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.name() != "aten::lift_fresh" and not any(w in func.name() for w in Operations.WAITS), f"{func.name()} cannot be captured"
-        leaves = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        for x in leaves: self.before.setdefault(x.untyped_storage().data_ptr(), (x.untyped_storage(), x.untyped_storage().clone()))
+        waits = any(w in func.name() for w in Operations.WAITS)
+        assert func.name() != "aten::lift_fresh" and not waits, f"{func.name()} cannot be captured"
+        inputs = tensors((args, kwargs))
+        for x in inputs:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in self.before: self.before[storage.data_ptr()] = storage, storage.clone()
         out = func(*args, **(kwargs or {}))
-        homes = {x.untyped_storage().data_ptr() for x in leaves}
-        new = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.tape.append((func, args, kwargs or {}, new, [x.untyped_storage().data_ptr() not in homes for x in new]))
+        of_inputs, results = {x.untyped_storage().data_ptr() for x in inputs}, tensors(out)
+        own = [x.untyped_storage().data_ptr() not in of_inputs for x in results] # not a view of an input
+        self.tape.append((func, args, kwargs or {}, results, own))
         return out
     def __exit__(self, *error):
         super().__exit__(*error)
-        made = {x.untyped_storage().data_ptr() for *_, new, own in self.tape for x, o in zip(new, own) if o}
+        made = {x.untyped_storage().data_ptr() for *_, results, own in self.tape for x, o in zip(results, own) if o}
         for where, (storage, content) in self.before.items():
             if where not in made: storage.copy_(content)
     def replay(self):
-        for func, args, kwargs, new, own in self.tape:
-            again = [x for x in torch.utils._pytree.tree_leaves(func(*args, **kwargs)) if isinstance(x, torch.Tensor)]
-            for x, y, o in zip(new, again, own):
+        for func, args, kwargs, results, own in self.tape:
+            again = tensors(func(*args, **kwargs))
+            for x, y, o in zip(results, again, own):
                 if o: x.copy_(y)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
 def test_a_step_can_be_captured_and_replayed(name, monkeypatch):
-    "All that changes from step to step lies in tensors that stay where they are; nothing is a number of Python's"
+    "All that changes from step to step is in tensors that keep their memory; nothing is a Python number"
     tree, tapes, replays = generation._tree, [], []
     def captured(advance):
         tapes.append(capture := Capture())
@@ -537,7 +581,8 @@ def test_a_step_can_be_captured_and_replayed(name, monkeypatch):
 
 
 def test_asking_for_a_graph_without_a_device():
-    with pytest.raises(ValueError, match="CUDA"): beam_search(family("gpt2"), PROMPTS, MASK, num_beams=2, static="capture", **NO_END)
+    with pytest.raises(ValueError, match="CUDA"):
+        beam_search(family("gpt2"), PROMPTS, MASK, num_beams=2, static="capture", **NO_END)
 
 
 @pytest.mark.cuda
@@ -547,8 +592,8 @@ def test_a_captured_search(name, dtype):
     kind, shape = FAMILIES[name]
     torch.manual_seed(0)
     model = T.AutoModelForCausalLM.from_config(kind(**shape), dtype=dtype).eval().cuda()
-    found = [beam_search(model, PROMPTS.cuda(), MASK.cuda(), num_beams=6, max_new_tokens=20, eos_token_id=[1, 4], pad_token_id=0, static=s)
-             for s in (False, True, "capture")]
+    how = dict(num_beams=6, max_new_tokens=20, eos_token_id=[1, 4], pad_token_id=0)
+    found = [beam_search(model, PROMPTS.cuda(), MASK.cuda(), static=s, **how) for s in (False, True, "capture")]
     for other in found[1:]:
         if dtype == torch.float32: assert torch.equal(found[0].sequences, other.sequences)
         torch.testing.assert_close(found[0].scores, other.scores, atol=1e-3 if dtype == torch.float32 else 0.5, rtol=0)
@@ -562,10 +607,12 @@ def test_attention_choice(monkeypatch):
         choose_attention("flash_attention_2", cpu, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
-    assert choose_attention("auto", gpu, torch.bfloat16) == choose_attention("flash_attention_2", gpu, torch.bfloat16) == "flash_attention_2"
+    for asked in ("auto", "flash_attention_2"):
+        assert choose_attention(asked, gpu, torch.bfloat16) == "flash_attention_2"
     assert choose_attention("auto", gpu, torch.float32) == "sdpa"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    with pytest.raises(ValueError, match="compute capability 8.0"): choose_attention("flash_attention_2", gpu, torch.bfloat16)
+    with pytest.raises(ValueError, match="compute capability 8.0"):
+        choose_attention("flash_attention_2", gpu, torch.bfloat16)
 
 
 EXPECTED = {
@@ -576,24 +623,25 @@ EXPECTED = {
     "DynamicLayer.update": ("self", "key_states", "value_states", "args", "kwargs"),
     "DynamicLayer.lazy_initialization": ("self", "key_states", "value_states"),
     "DynamicLayer.get_seq_length": ("self",),
-    "sdpa_mask": ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "local_size",
-                  "allow_is_causal_skip"),
+    "sdpa_mask": ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask",
+                  "local_size", "allow_is_causal_skip"),
     "AttentionInterface.register": ("key", "value"), "AttentionMaskInterface.register": ("key", "value"),
     "PreTrainedModel.set_attn_implementation": ("self", "attn_implementation")}
 
 
-def test_transformers_still_has_the_interfaces_that_a_tree_stands_on():
+def test_transformers_still_has_the_interfaces_that_a_tree_uses():
     from transformers.cache_utils import Cache, DynamicLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-    found = dict(zip(EXPECTED, (sdpa_attention_forward, Cache.__init__, Cache.update, DynamicLayer.update, DynamicLayer.lazy_initialization,
-                                DynamicLayer.get_seq_length, sdpa_mask, T.AttentionInterface.register, AttentionMaskInterface.register,
-                                T.PreTrainedModel.set_attn_implementation)))
-    for name, function in found.items():
-        parameters = tuple(inspect.signature(function).parameters)
-        assert parameters[:len(EXPECTED[name])] == EXPECTED[name], (
-            f"transformers {T.__version__} changed {name}: its parameters begin {parameters[:len(EXPECTED[name])]}, 02a_beam_tree expects "
-            f"{EXPECTED[name]}; read TreeCache, _TreeLayer, tree_attention and _whole_mask again")
+    functions = (sdpa_attention_forward, Cache.__init__, Cache.update, DynamicLayer.update,
+                 DynamicLayer.lazy_initialization, DynamicLayer.get_seq_length, sdpa_mask,
+                 T.AttentionInterface.register, AttentionMaskInterface.register,
+                 T.PreTrainedModel.set_attn_implementation)
+    for (name, expected), function in zip(EXPECTED.items(), functions, strict=True):
+        parameters = tuple(inspect.signature(function).parameters)[:len(expected)]
+        assert parameters == expected, (
+            f"transformers {T.__version__} changed {name}: its parameters begin {parameters}, 02a_beam_tree expects "
+            f"{expected}; read TreeCache, _TreeLayer, tree_attention and _whole_mask again")
 
 
 def test_transformers_still_calls_them_as_a_tree_expects():
@@ -606,9 +654,12 @@ def test_transformers_still_calls_them_as_a_tree_expects():
     model.set_attn_implementation("spy")
     mask = torch.zeros(1, 1, 3, 3)
     try:
-        with torch.no_grad(): model(torch.tensor([[1, 2, 3]]), attention_mask=mask, position_ids=torch.zeros(1, 3, dtype=torch.long))
+        positions = torch.zeros(1, 3, dtype=torch.long)
+        with torch.no_grad(): model(torch.tensor([[1, 2, 3]]), attention_mask=mask, position_ids=positions)
     finally: model.set_attn_implementation(before)
-    says = f"transformers {T.__version__} changed"
-    assert seen["query"] == (1, 4, 3, 8) and seen["key"] == (1, 2, 3, 8), f"{says} the layout of queries and keys: not (B, H, Q, D) and (B, H_kv, N, D)"
-    assert seen["mask"] is not None and torch.equal(seen["mask"], mask), f"{says} what becomes of a 4-D mask: it no longer reaches attention as it is"
-    assert "scaling" in seen["kwargs"], f"{says} the keywords of attention: {seen['kwargs']} has no scaling"
+    changed = f"transformers {T.__version__} changed"
+    layout = f"{changed} the layout of queries and keys: not (B, H, Q, D) and (B, H_kv, N, D)"
+    assert seen["query"] == (1, 4, 3, 8) and seen["key"] == (1, 2, 3, 8), layout
+    found = seen["mask"]
+    assert found is not None and torch.equal(found, mask), f"{changed} how a 4-D mask reaches attention"
+    assert "scaling" in seen["kwargs"], f"{changed} the keywords of attention: {seen['kwargs']} has no scaling"

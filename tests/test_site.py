@@ -89,7 +89,7 @@ def test_the_reference_has_shapes_units_and_a_link_to_the_very_line(site):
     text = (site / "generation.html").read_text()
     plain = re.sub(r"<[^>]+>", "", text)
     assert "# (B, P) long, left padded" in plain and "nats" in plain and "class Beams" in plain
-    link = re.search(r'id="beam-search".*?href="(source/search/generation\.html)#L(\d+)"', text, re.DOTALL)
+    link = re.search(r'<h\d>beam_search<.*?href="(source/search/generation\.html)#L(\d+)"', text, re.DOTALL)
     source, line = link.groups()
     lines = (REPO / "bgrpo_nb/search/generation.py").read_text().splitlines()
     start = "\n".join(lines[int(line) - 1:int(line) + 4])
@@ -140,7 +140,7 @@ def test_public_names_lead_to_where_they_are_documented(site):
     for href, name in links:
         file, _, anchor = href.partition("#")
         text = (page.parent / file).resolve().read_text()
-        if anchor: assert re.search(rf'id="{anchor}">\s*(?:<span [^>]*></span>)*<h\d>{name}<', text), href
+        if anchor: assert re.search(rf'id="{anchor}".*<h\d>{name}<', text, re.DOTALL), href
         else: assert name == "PRESETS", "a constant has no heading"
 
 
@@ -160,10 +160,11 @@ def test_page(browser, served, site, name):
         times = [loaded(page, url)]
         while min(times) > 2000 and len(times) < 4: times.append(loaded(page, url))   # the machine may be busy
         assert min(times) < 2000
-        assert page.title().split(" - ")[0] == TITLES[name] == page.inner_text("article h1").rstrip("¶#")
+        for title in (page.title().split(" - ")[0], page.inner_text("article h1")):
+            assert title.rstrip("¶#").replace("’", "'") == TITLES[name]
         assert page.locator("article .admonition.error, .system-message").count() == 0
         for image in page.locator("article img:visible").all():
-            assert image.evaluate("i => i.complete && i.naturalWidth > 100") and len(image.get_attribute("alt")) > 10
+            assert image.evaluate("i => i.complete && i.naturalWidth > 100") and len(image.get_attribute("alt")) > 5
         figures = sum("fig-cap:" in c.source for c in nbformat.read(REPO / "nbs" / name, 4).cells)
         assert page.locator("article figure img").count() == page.locator("figcaption").count() == figures
         assert page.locator(".sidebar-tree a").count() >= len(LISTED) + len(house.FOLDERS) - 2
@@ -331,13 +332,21 @@ def test_quartos_words_become_mysts(tmp_path):
     assert "[first](../00_first.ipynb)" in text_of(stage, "tutorials/second")
 
 
+def test_a_caption_may_go_over_several_lines():
+    source = "#| exports\n#| label: fig-a\n#| fig-cap: >-\n#|   The path: of each\n#|   node.\nx = 1"
+    options = build_site.folded_options(source)
+    cell = {"source": "#| label: fig-a\n#| fig-cap: >-\n#| The: path: of each\nx = 1", "written_options": options}
+    assert build_site.options_and_code(cell) == ({"label": "fig-a", "fig-cap": "The path: of each node."}, "x = 1")
+    assert build_site.folded_options("#| exports\n#| label: fig-a\nx = 1") is None
+
+
 def test_words_in_backticks_lead_to_the_reference(tmp_path):
-    source = "`bgrpo_nb.beam_search`, `solve.decomposition`, `decompose`, `base/`, `read_metrics()`, `start`, `no_name`"
+    source = "# `read_metrics`\n\n`bgrpo_nb.beam_search`, `base.run_folder`, `base/`, `read_metrics()`, `start`, `no_name`"
     stage = staged(tmp_path, **{"tutorials__first": notebook(nbformat.v4.new_markdown_cell(source))})
     text = text_of(stage, "tutorials/first")
-    assert "[`solve.decomposition`](../api/solve/decomposition.md), " in text
-    assert "[`decompose`](../api/solve/decomposition.md#decompose)" in text
-    assert "[`base/`](../api/base.md)" in text and "[`read_metrics()`](../api/base/" in text
+    assert "[`base.run_folder`](../api/base/run_folder.md), [`base/`](../api/base.md)" in text
+    assert "[`read_metrics()`](../api/base/run_folder.md#read_metrics)" in text
+    assert "# `read_metrics`\n" in text, "a heading is no link"
     assert "`bgrpo_nb.beam_search`, " in text, "its chapter is no page of this site"
     assert ", `start`, `no_name`" in text, "words that may be anything stay words"
 
@@ -345,6 +354,7 @@ def test_words_in_backticks_lead_to_the_reference(tmp_path):
 def test_an_exported_cell_shows_its_code_under_its_names(tmp_path):
     code = ('#| code-fold: show\n#| code-summary: "Exported source"\nROLLOUTS = ("beam", "sample")\n\n'
             'class Completion:\n    "One member"\n\n# above it\ndef roll_out(model): return model\n\ndef _help(): pass')
+    assert build_site.names_in({"source": code}) == ["Completion", "roll_out", "_help"]
     shown = nbformat.v4.new_code_cell("#| output: asis\n#| echo: false\nshow_doc(roll_out)")
     stage = staged(tmp_path, **{"08_trl_batching": notebook(shown, nbformat.v4.new_code_cell(code))})
     stage.pages["08_trl_batching.ipynb"].nb["cells"][0]["has_sd"] = True    # as nbdev marks what it added

@@ -63,9 +63,9 @@ PAGES = {"equivalence": ".bgrpo-explain", "beams": ".bgrpo-show-beams", "group":
 
 @pytest.fixture(scope="module")
 def voila(tmp_path_factory):
-    "The address of what `voila explorers` serves, and the server's folder"
+    "The address of what `voila nbs/_explorers` serves, and the server's folder"
     folder = tmp_path_factory.mktemp("voila")
-    words = ["voila", str(REPO / "explorers"), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
+    words = ["voila", str(REPO / "nbs/_explorers"), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
              f"--VoilaExecutor.timeout={SECONDS}"]
     with server(folder, *words, path="/voila/static/favicon.ico") as address: yield address, folder
 
@@ -112,7 +112,7 @@ def type_in(explorer, label, text):
 
 
 def test_there_is_a_page_for_each_explorer():
-    pages = {path.stem: json.loads(path.read_text())["cells"] for path in (REPO / "explorers").glob("*.ipynb")}
+    pages = {path.stem: json.loads(path.read_text())["cells"] for path in (REPO / "nbs/_explorers").glob("*.ipynb")}
     assert set(pages) == set(PAGES)
     for name, cells in pages.items():
         assert [cell["cell_type"] for cell in cells] == ["markdown", "code"], name
@@ -249,7 +249,6 @@ def test_jupyterlab_once(browser, tmp_path):
 
 def test_the_group_explorers_step_is_the_trainers(tmp_path):
     "One step of BGRPOTrainer on one group, and `step_on`: the same weights"
-    import torch
     from datasets import Dataset
 
     from bgrpo_nb.solve.beam_filter import answer_tokens

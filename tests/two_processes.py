@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from bgrpo_nb.algebra.problems import generate_problems
-from bgrpo_nb.policy.model import decode_completions, load_model, load_tokenizer
+from bgrpo_nb.policy.model import load_model, load_tokenizer
 from bgrpo_nb.solve.decomposition_reward import decomposition_reward
 from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
 

@@ -1,4 +1,4 @@
-"""What every floor may use: files, processes, the folder of a run, settings, the style of figures.
+"""What every floor may use: files, processes, run folders, settings, the style of figures.
 
 - `assets`: the folder of the bundled policies, vocabularies and styles (`ASSETS`)
 - `files`: files that are written whole or not at all (`write_text`, `write_json`) and files that are read while they

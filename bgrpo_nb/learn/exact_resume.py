@@ -18,8 +18,8 @@ the same machine with the same number of processes.
 ## A run cut in two
 
 Plain GRPO with TRL's own settings. The policy has random weights, and the reward counts the different tokens of a
-completion. There are two passes over each batch, so the checkpoint after step 3 lies between the two passes over
-the second batch.
+completion. There are two passes over each batch, so the checkpoint after step 3 is between the two passes over the
+second batch.
 
 ## Whole or not at all
 

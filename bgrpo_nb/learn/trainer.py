@@ -38,8 +38,9 @@ stays together and shares its trie.
 
 ## Rewards of whole groups
 
-A group may lie on two processes. So everything that depends on a whole group is computed from what all processes
-have gathered: how many answers are right, which of them differ, the bonus, the balance and the advantages.
+The rows of a group may be on two processes. So everything that depends on a whole group is computed from what all
+processes have gathered: how many answers are right, which of them differ, the bonus, the balance and the
+advantages.
 
 ## Validation
 

@@ -25,6 +25,11 @@ has moved from the start, in nats per token.
 `train_bgrpo(config)` leaves a run folder: `config.yaml`, `metrics.jsonl`, checkpoints, `plots/history.png`,
 `result.json`, and the policy in `policy/`. All that can be refused is refused before anything is computed.
 
+## What a run logs
+
+`metrics.jsonl` has the metrics of `09_trainer`, and what a run adds: the evaluation of each validation, the
+distance from the start, and the time.
+
 ## Other runs
 
 GRPO is the same run with `rollout="sample"`. Samples have no order, so the beam rank of each is 0, and the reward

@@ -166,7 +166,7 @@ def _best_candidates(scores: Tensor, # (B, K) nats; -inf where there is no beam
                      order: Tensor,  # (B, Q) long: the beams that were forwarded
                      logp: Tensor,   # (B, Q, V) of their next token
                      pad: int): # scores, parents, tokens, ended: (B, K)
-    "The K best of all extensions of open beams and of ended beams as they are"
+    "The K best of the extensions of open beams and the unchanged ended beams"
     B, Q, V = logp.shape
     open_scores = scores.gather(1, order).masked_fill(ended.gather(1, order), -torch.inf)
     extended = (open_scores[..., None] + logp).flatten(1)

@@ -128,7 +128,7 @@ def _forwards(layers, weights, biases):
         return forward
     return [first, *(later(k, layer.forward) for k, layer in enumerate(layers[1:], 1))]
 
-# %% ../../nbs/03a_fast_search.ipynb #a507e687
+# %% ../../nbs/03a_fast_search.ipynb #c5b71cbd
 FEWEST_WEIGHTS = 2**17 # a smaller matrix stays in the processor's cache
 FED_ALIKE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) # Transformers' names of layers with one input
 
@@ -152,8 +152,8 @@ def _neighbours(model):
     "Lists of modules that read the same input, by their names"
     for module in model.modules():
         for names in FED_ALIKE:
-            found = [getattr(module, name, None) for name in names]
-            if all(isinstance(layer, nn.Module) for layer in found): yield found
+            there = all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+            if there: yield [getattr(module, name) for name in names]
 
 def _groups(model):
     "Lists of layers to pack: neighbours together, all others alone"

@@ -87,19 +87,22 @@ def formulas(self: Decomposition, write=str) -> list[tuple[str, str]]: # (left s
     "g and every h"
     g, inners = self.to_sympy()
     several = len(inners) > 1
-    if several: arguments = [f"b{i}" for i in range(len(inners))]
-    else: arguments = sorted(map(str, g.free_symbols), key=_number_of) or ["b"]
-    found = [(f"g({', '.join(arguments)})", write(g))]
-    for i, inner in enumerate(inners): found.append((f"h{i}" if several else "h", write(inner)))
+    outer = [f"b{i}" for i in range(len(inners))] if several else _variables_of(g) or ["b"]
+    found = [(f"g({', '.join(outer)})", write(g))]
+    for i, inner in enumerate(inners):
+        name = f"h{i}" if several else "h"
+        found.append((f"{name}({', '.join(_variables_of(inner)) or self.variable})", write(inner)))
     return found
 
-def _number_of(variable: str) -> int: # b -> 0, b2 -> 2
-    return int(variable[1:] or 0)
+def _variables_of(expression) -> list[str]: # a, a2, a10: by their numbers
+    def number(name): return int("".join(filter(str.isdigit, name)) or 0)
+    return sorted(map(str, expression.free_symbols), key=lambda name: (number(name), name))
 
 @patch
-def __repr__(self: Decomposition):
-    equations = ", ".join(f"{left} = {right}" for left, right in self.formulas())
-    return f"Decomposition({equations}; by {self.found_by})"
+def __str__(self: Decomposition): return ", ".join(f"{left} = {right}" for left, right in self.formulas())
+
+@patch
+def __repr__(self: Decomposition): return f"Decomposition({self}; by {self.found_by})"
 
 @patch
 def _repr_latex_(self: Decomposition): return f"${_latex_of(self)}$"
@@ -112,7 +115,7 @@ def _latex_of(answer: Decomposition) -> str: # without dollar signs
     from sympy import latex
     equations = []
     for left, right in answer.formulas(latex):
-        left = re.sub(r"([bh])(\d+)", r"\1_{\2}", left) # b0 -> b_{0}
+        left = re.sub(r"([abh])(\d+)", r"\1_{\2}", left) # b0 -> b_{0}
         equations.append(f"{left} = {right}")
     return r",\quad ".join(equations)
 

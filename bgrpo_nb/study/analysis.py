@@ -441,7 +441,7 @@ def _is_numeric(values: pd.Series) -> bool:
     numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
     return numeric and values.notna().all()
 
-def _as_study(done: pd.DataFrame, columns: list[str], metric: str): # optuna.Study
+def _as_study(done: pd.DataFrame, columns: list[str], metric: str) -> object: # an optuna.Study
     "The table as a finished Optuna study; a setting that some runs lack has one value more"
     import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution

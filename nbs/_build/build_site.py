@@ -4,6 +4,7 @@ nbdev processes the notebooks as for Quarto, `Stage` translates what it made fro
 builds the pages. Title and navigation are those of `_quarto.yml`; pages of the API are made from the modules' source.
 A warning, a link that leads nowhere or a request to another host ends the build with a message."""
 import argparse
+import ast
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import yaml
 
 import house
 from reference import (Reference, chapter_number, entry, find_node, heading, hidden_toctree, module_line, outside_code,
-                       slug, source_parts)
+                       patched_class, slug, source_parts)
 
 REPO = house.REPO
 WORK = REPO / "build" / "site"               # staged pages and fetched scripts
@@ -105,13 +106,23 @@ def is_image(output): return any(mime.startswith("image/") for mime in output.ge
 def options_and_code(cell):
     "(Quarto's options, the code below them) of a code cell"
     lines = "".join(cell["source"]).splitlines()
-    options = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("#|"))) or {}
+    given = cell.get("written_options") or [line[2:] for line in lines if line.startswith("#|")]
+    options = yaml.safe_load("\n".join(given)) or {}
     return options, "\n".join(line for line in lines if not line.startswith("#|")).strip()
 
 
+def folded_options(source):
+    "Quarto's options of a cell as they were written, if one of them goes over several lines; nbdev cuts those apart"
+    lines = [line[2:] for line in source.splitlines() if line.startswith("#|")]
+    options = [line for line in lines if re.match(r"  | ?[\w-]+:", line)]    # an option, or what continues one
+    return options if any(line.startswith("  ") for line in options) else None
+
+
 def names_in(cell):
-    "Public names that an exported cell defines"
-    return [name for name, _ in source_parts(options_and_code(cell)[1]) if name]
+    "Names that an exported cell defines, as `show_doc` calls them"
+    functions = [node for node in ast.parse(options_and_code(cell)[1]).body if hasattr(node, "name")]
+    owners = [patched_class(node) for node in functions]
+    return [f"{owner}.{node.name}" if owner else node.name for owner, node in zip(owners, functions)]
 
 
 class Page:
@@ -128,6 +139,7 @@ class Page:
         self.title = numbered(self.front["title"], chapter_number(self.path.name))
         self.module = exported_modules().get(f"nbs/{self.path}")
         self.has_h2 = False
+        self.restore_options()
         self.names = {documented_name(c).lower() for c in self.nb["cells"] if c.get("has_sd")}
 
     @property
@@ -135,6 +147,15 @@ class Page:
 
     @cached_property
     def widgets(self): return self.nb["metadata"].get("widgets", {}).get(STATE, {}).get("state", {})
+
+    def restore_options(self):
+        "Options over several lines, from the notebook itself"
+        source = REPO / "nbs" / self.path
+        if not source.is_file(): return
+        written = {c["id"]: "".join(c["source"]) for c in json.loads(source.read_text())["cells"] if "id" in c}
+        for cell in self.nb["cells"]:
+            options = folded_options(written.get(cell.get("id"), ""))
+            if options: cell["written_options"] = options
 
     def node(self, dotted):
         "The definition of a name in the page's module, or None"
@@ -218,7 +239,8 @@ class Stage:
         text = re.sub(r"(\]\([^()\s]*\))\{[^}]*\}", r"\1", text)
         text = re.sub(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(((?!/)[^()\s]+)\)", lambda m: self.file_link(page, m), text)
         text = re.sub(r"\[(`[^`]+`)\]\(/(\w+)\.html#([\w.]+)\)", lambda m: self.name_link(page, m), text)
-        return re.sub(r"(?<![\[`\w])`([\w./]+(?:\(\))?)`(?![\]`])", lambda m: self.word_link(page, m), text)
+        text = re.sub(r"(?<![\[`\w])`([\w./]+(?:\(\))?)`(?![\]`])", lambda m: self.word_link(page, m), text)
+        return re.sub(r"^#+ .*$", without_links, text, flags=re.MULTILINE)
 
     def markdown(self, page, text):
         "A markdown cell"
@@ -342,6 +364,11 @@ class Stage:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, path)
         self.reference.write(target)
+
+
+def without_links(match):
+    "A heading whose names are no links: the first would be one to the heading itself"
+    return re.sub(r"\[(`[^`]+`)\]\([^)]*\)", r"\1", match.group(0))
 
 
 def callout(match):

@@ -5,6 +5,7 @@ import ast
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from textwrap import wrap
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = "bgrpo_nb"
@@ -109,6 +110,12 @@ def reduced(imports): # folder -> folders; no cycles
     return {folder: {target for target in targets if needed(folder, target)} for folder, targets in imports.items()}
 
 
+def _box(folder, text):
+    "A box of the map; a label may go over several lines, which mermaid draws as it fits"
+    lines = wrap(f'{folder}["<b>{folder}</b><br/>{text}"]', 110, break_long_words=False, break_on_hyphens=False)
+    return ["  " + lines[0], *("    " + line for line in lines[1:])]
+
+
 def diagram(root=REPO):
     "The map of the house in mermaid: one box a folder, what imports above what is imported"
     present = [folder for folder in FOLDERS if folder in modules(root)]
@@ -116,7 +123,7 @@ def diagram(root=REPO):
     lines = ["flowchart TD"]
     for folder in reversed(present):
         text = sentence(folder, root).rstrip(".").replace("`", "").replace('"', "'")
-        lines.append(f'  {folder}["<b>{folder}</b><br/>{text}"]')
+        lines += _box(folder, text)
     arrows = reduced(imports)
     for folder in reversed(present):
         targets = sorted(arrows[folder], key=FOLDERS.index, reverse=True)
