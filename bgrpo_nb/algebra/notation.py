@@ -20,7 +20,7 @@ coefficients.
 
 ## A second opinion
 
-`verify` divides. `verify_with_sympy` asks a computer algebra system instead, and takes some hundred times longer.
+`verify` divides. `verify_with_sympy` asks a computer algebra system instead, and takes hundreds of times longer.
 
 ## There and back
 

@@ -16,13 +16,12 @@ in the published files. Trivial problems are discarded and drawn again.
 
 ## Files
 
-Writing is atomic: the file is complete, or it is not there. Reading checks every line and names the first that is
-wrong.
+Writing is atomic: nobody ever sees half a file. Reading checks every line and names the first that is wrong.
 
 ## Choosing
 
 Filter by the degree of f, mix hard problems with easy ones, split without overlap. All are reproducible, and none
-repeats a problem that the given lists do not repeat.
+adds a repetition.
 
 ## What a problem looks like to a policy
 
@@ -402,7 +401,7 @@ def generate_on_singlets(n: int, # how many
 # %% ../../nbs/01_data.ipynb #5761d5ed
 def write_problems(path, # where to
                    problems: Iterable[Problem]) -> Path:
-    "One problem a line; a file that is there is replaced as a whole, or not at all"
+    "One problem a line; an existing file is replaced as a whole, or not at all"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
