@@ -45,8 +45,7 @@ Folders and modules, from the ground up:
 `bgrpo_nb.solve`: Policies meet polynomials: search, verify, filter, evaluate, decompose.
 - `solve.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to
   find.
-- `solve.decomposition`: The library's front door: a polynomial as you type it goes in, its verified decompositions
-  come out.
+- `solve.decomposition`: One function: a polynomial as you type it goes in, its verified decompositions come out.
 - `solve.decomposition_reward`: Exact algebra says whether an answer is right, and a canonical form says whether
   two answers are the same.
 - `solve.evaluation`: What one policy can do on one list of problems: greedily, with beams, with samples; each

@@ -11,7 +11,7 @@ of rank r, counted from 0, earns exp(−r/32), a little less than a right beam a
 
 ## From rewards to advantages
 
-An advantage is the reward minus a baseline, divided by nothing. The baseline is the mean of the group, or the mean
+An advantage is the reward minus a baseline; nothing is divided. The baseline is the mean of the group, or the mean
 of the others in the group (`leave_one_out`).
 
 ## Balanced groups
@@ -32,7 +32,7 @@ by beam rank. The verifier gets token ids, because the text that TRL passes on h
 
 ## Beams mixed with samples
 
-With `rollout="mixed"` (`08_trl_batching`) half of a group are beams, and half are samples that differ from the
+With `rollout="mixed"` (see TRL batching) half of a group are beams, and half are samples that differ from the
 beams. All samples have the rank behind the last beam, that is, the number of beams.
 
 ## Aside: group mean or leave-one-out?

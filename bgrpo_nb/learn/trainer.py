@@ -23,7 +23,7 @@ functions get `beam_rank` and `beam_score` (nats) beside `completion_ids`.
 ## Rollouts
 
 Prompts arrive as rows. Whole groups are searched, whichever process their rows are on, and each row gets its
-member of the group with its rank and score (`08_trl_batching`).
+member of the group with its rank and score (see TRL batching).
 
 ## Log-probabilities
 
@@ -50,7 +50,7 @@ With an `evaluator`, validation measures what the evaluator measures. It runs th
 ## A first run
 
 A model with random weights learns to name the digit that follows: after 3 comes 4. The verifier looks at one
-token. No labels, no supervised training before, a few seconds on a CPU.
+token. There are no labels and no supervised training, and it takes a few seconds on a CPU.
 
 ## One group, looked at closely
 
@@ -125,7 +125,7 @@ class BGRPOConfig(GRPOConfig):
         "mean", "how a reward becomes an advantage: mean (of the group), leave_one_out, right_only or minimum_risk")
     distinct_bonus: float = setting(
         0.0, "added to the reward of the best-ranked of equivalent right answers in a group")
-    objective: str = setting("paper", "paper (mean baseline) or original (the original scripts' settings)")
+    objective: str = setting("paper", "paper, or original: the values that the original scripts used")
     share_prefixes: bool = setting(True, "gradients over the group's trie; off: every row in full, as TRL does")
     trie_elements: int = setting(2**26, "most elements of mask and logits in one forward over tries")
     prompts_per_step: int = setting(48, "prompts in a generation batch, over all processes")
@@ -153,8 +153,8 @@ class BGRPOConfig(GRPOConfig):
         None, "TRL's correction of the KL term; left out: the objective's")
     logging_steps: float = setting(1, "steps between log lines")
     save_total_limit: int | None = setting(2, "checkpoints kept")
-    report_to: str = setting("none", "where metrics go beside the run folder: none, wandb, ...")
-    dataloader_pin_memory: bool = setting(False, "pin batches in memory; of use with a GPU only")
+    report_to: str = setting("none", "where metrics go besides the run folder: none, wandb, ...")
+    dataloader_pin_memory: bool = setting(False, "pin batches in memory; useful with a GPU only")
 
     def __post_init__(self):
         check_choice("objective", self.objective, OBJECTIVES)

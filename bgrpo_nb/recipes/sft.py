@@ -29,7 +29,7 @@ is a flag of `bgrpo sft`.
 ## Samples for a run
 
 A run of N steps needs N × batch size samples. They are generated, or read from a file. Problems for validation are
-set apart first, and none of them is trained on, in whatever form its polynomial is written.
+set apart first. None of their polynomials is trained on, in whatever form it is written.
 
 ## The optimizer
 

@@ -3,7 +3,7 @@
 ## By hand: the smallest run
 
 A run needs a policy, problems, a reward and a trainer. Below are two steps: in each the policy searches 4 problems
-with 6 beams, and learns from the rewards of these 24 beams.
+with 6 beams each, and learns from the rewards of these 24 beams.
 
 ## Settings
 
@@ -27,8 +27,8 @@ has moved from the start, in nats per token.
 
 ## What a run logs
 
-`metrics.jsonl` has the metrics of `09_trainer`, and what a run adds: the evaluation of each validation, the
-distance from the start, and the time.
+`metrics.jsonl` has the trainer's metrics, and what a run adds: the evaluation of each validation, the distance
+from the start, and the time.
 
 ## Other runs
 
@@ -42,8 +42,8 @@ word that the policy does not have, a prompt that is too long, and a disk that i
 
 ## Several processes
 
-With several processes ranks, advantages and parameters are those of one process, also where a group lies on two of
-them. The main process alone writes the run folder.
+With several processes, ranks, advantages and parameters are the same as with one process, also where a group is
+split between two of them. The main process alone writes the run folder.
 
 ## W&B
 
@@ -94,9 +94,9 @@ class TrainConfig(BGRPOConfig):
     model: str = setting("tiny", "the policy to start from: a bundled one's name or a folder")
     problems: str | None = setting(None, "file of problems to train on; left out: generated")
     kind: str = setting("univariate", "kind of the generated problems: univariate, multivariate or on_singlets")
-    degrees: str = setting("3_2", "their degree, outer_inner; several with commas between")
+    degrees: str = setting("3_2", "degrees of the generated problems, outer_inner, with commas between")
     variables: int = setting(3, "variables of a multivariate outer polynomial")
-    coefficient_bound: int = setting(20, "their coefficients lie in [-bound, bound]")
+    coefficient_bound: int = setting(20, "coefficients of the generated problems are in [-bound, bound]")
     num_problems: int = setting(2000, "how many problems are generated")
     hard_fraction: float = setting(1.0, "share of `problems` among those to train on; the rest are regular ones")
     regular_problems: str | None = setting(None, "file of the regular problems to mix in; left out: generated")

@@ -1,4 +1,4 @@
-"""The library's front door: a polynomial as you type it goes in, its verified decompositions come out.
+"""One function: a polynomial as you type it goes in, its verified decompositions come out.
 
 ## By hand
 
@@ -26,7 +26,7 @@ several variables there are the beams alone.
 
 ## Several variables
 
-Here f = g(h0(a0), h1(a1), …): one inner polynomial for each variable. The bundled policy `multivariate` is asked,
+Here f = g(h0(a0), h1(a1), …): one inner polynomial for each variable. The bundled policy `multivariate` searches,
 and each of its beams is verified.
 
 ## Your own policy
