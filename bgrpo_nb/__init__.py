@@ -80,16 +80,16 @@ Folders and modules, from the ground up:
   seeds.
 - `study.run_readers`: Run folders, an Optuna storage, W&B and its exports end in one list of runs.
 - `study.run_table`: Every run a row: what was tried, how it ended, what it reached, and what is missing.
-- `study.sweeps`: One sweep file in W&B's schema, read strictly: what it means, what is wrong with it, and the plan
-  that it describes.
+- `study.sweeps`: One sweep file in the format of Weights & Biases: what it means, what is wrong with it, and its
+  plan.
 - `study.trials`: Workers carry out a plan: each point is claimed by one worker, run as a process, judged, and run
   again where its worker died.
 
 `bgrpo_nb.show`: Explorers: a search, a training step, a run or a sweep, with controls to move.
 - `show.beams`: What a beam search keeps and drops, token by token, and what the same number of samples finds.
-- `show.explorer`: A skin for pictures with controls, and the first one: is h an inner polynomial of f?
+- `show.explorer`: A figure with controls, and the first example: is h an inner polynomial of f?
 - `show.groups`: One training step on one group, token by token: what became more probable, what less.
-- `show.run_explorers`: A training to start and to watch, a sweep to ask which setting mattered.
+- `show.run_explorers`: Start a training and watch it; ask a sweep which setting mattered.
 
 `bgrpo_nb.cli`: `bgrpo` and its ten commands: what the chapters do, from a terminal."""
 

@@ -18,7 +18,7 @@ def write_text(path, text):
 
 
 def write_json(path, content):
-    "Write `content` as indented JSON, whole or not at all; what JSON does not know is written as `str`"
+    "Write `content` as indented JSON, whole or not at all; what JSON cannot hold is written as `str`"
     text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
     return write_text(path, text + "\n")
 

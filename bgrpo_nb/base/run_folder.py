@@ -1,7 +1,7 @@
 """The folder of a run: what was asked (`config.yaml`), what happened (`metrics.jsonl`), how it ended (`result.json`),
 and checkpoints in the format of Hugging Face.
 
-This module opens such a folder, reads it, and says what a result depends on. It loads no torch when it is imported."""
+This module opens such a folder, reads it, and records what a result depends on. Importing it loads no torch."""
 import hashlib
 import json
 import os

@@ -1,6 +1,6 @@
 """What a training does besides its steps: it logs, draws, shows progress, and stops cleanly at a signal.
 
-These are callbacks of Transformers' `Trainer`. Both recipes use them; they know neither problems nor rewards."""
+These are callbacks of Transformers' `Trainer`. Both recipes use them; they depend on neither problems nor rewards."""
 import json
 import signal
 import sys

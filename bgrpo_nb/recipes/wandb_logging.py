@@ -1,7 +1,8 @@
 """A run at Weights & Biases (W&B): started, continued after a resume, given panels, and ended.
 
 Configuration and metrics go through Transformers' own callback; this module adds the rest. wandb is imported only when
-a run logs there. `WANDB_MODE`, `WANDB_PROJECT` and `WANDB_RUN_ID` win over what is chosen here."""
+a run logs there. The environment variables `WANDB_MODE`, `WANDB_PROJECT` and `WANDB_RUN_ID` have priority over what
+is chosen here."""
 import os
 import sys
 import warnings

@@ -23,8 +23,8 @@ answer and the way to it are blue; what was dropped has no frame.
 
 ## What each completion is worth
 
-`group_table` lists the completions with their reward and advantage: the reward minus the mean of the group. A beam
-is paid by its place, a sample has no place.
+`group_table` lists the completions with their reward and their advantage, which is the reward minus the mean of
+the group. The reward of a right beam may depend on its place; a sample has no place.
 
 ## A slider over checkpoints
 

@@ -1,4 +1,4 @@
-"""A skin for pictures with controls, and the first one: is h an inner polynomial of f?
+"""A figure with controls, and the first example: is h an inner polynomial of f?
 
 ## By hand: a slider that changes a text
 
@@ -9,7 +9,7 @@ A widget has a `value` and calls whoever observes it. The value can be set by co
 `as_html` turns a figure, a table or any object with `_repr_html_` into HTML, the one form that a widget, a
 notebook and a page can all show.
 
-## The skin
+## Controls above a picture
 
 `Explorer(view, **controls)` puts controls above what `view` makes of their values, and a line for errors in
 between.
@@ -78,7 +78,7 @@ def _image(fig) -> str:
 
 # %% ../../nbs/12_widgets.ipynb #87fb1066
 def table_html(table: pd.DataFrame) -> str:
-    "A quiet table"
+    "A plain table: thin lines, numbers at the right"
     numeric = [pd.api.types.is_numeric_dtype(table[column]) for column in table]
     head = _table_row("th", table.columns, numeric)
     body = "".join(_table_row("td", row, numeric) for row in table.itertuples(index=False))
@@ -134,7 +134,7 @@ class Panel(widgets.VBox):
 
 # %% ../../nbs/12_widgets.ipynb #9a2e7ccd
 def error_line(e: Exception) -> str:
-    "One short line; a ValueError or OSError speaks for itself, any other error is named"
+    "One short line: the message; before it the type, unless it is a ValueError or OSError"
     kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
     text = " ".join(str(e).split())
     return f'<p role="alert" class="error" style="color:#D55E00;margin:0">⚠ {html.escape((kind + text)[:300])}</p>'

@@ -1,4 +1,4 @@
-"""A training to start and to watch, a sweep to ask which setting mattered.
+"""Start a training and watch it; ask a sweep which setting mattered.
 
 ## By hand: a file that somebody else writes
 

@@ -39,7 +39,7 @@ class ResultStore:
 
 
 class StoredPass:
-    "Results of one pass, `found`: index of a problem -> its result. Without a folder, nothing is written"
+    "Results of one pass. `found`: index of a problem -> its result. Without a folder, nothing is written"
     def __init__(self, folder=None, title="", identity=None):
         self.found, self.identity, self.file = {}, identity, None
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -21,8 +21,8 @@ sweep that chose its points by their results. `notes` names each.
 
 ## The difference
 
-`difference` compares one treatment with the baseline. Its `unit` says what is counted: pairs, seeds (the
-differences of a seed are averaged first), or runs, unpaired.
+`difference` compares one treatment with the baseline. Its `unit` says what is counted: pairs; seeds (the
+differences of one seed are averaged first); or runs, unpaired.
 
 ## In sentences
 
@@ -42,8 +42,9 @@ counts seeds.
 
 ## A recorded sweep
 
-Eighteen of the runs behind the study: groups of beams, of samples and of both halves, six seeds each, from `tiny`
-to degree 3∘2. The table is what `make study` recorded.
+Eighteen of the 84 runs behind the study, as `make study` recorded them: `tiny` learns degree 3∘2 from groups of
+beams, of samples, and of half beams and half samples, six seeds each. Every right answer has the reward 1,
+whatever its rank; the study calls these ways BGRPO without rank, GRPO, and half beams, half samples.
 
 ## Importance
 

@@ -1,7 +1,7 @@
 """The figures of a table of runs.
 
-`RunTable` inherits from `Figures`. What a figure shows it asks of the table (`pairs`, `bands`, `degrees`, `finished`),
-so the numbers of every figure can be had without it."""
+`RunTable` inherits from `Figures`. The numbers of each figure come from a method of the table (`pairs`, `bands`,
+`degrees`, `finished`), so they can be read without the figure."""
 import numpy as np
 import pandas as pd
 
@@ -189,10 +189,10 @@ class Figures:
             return fig
 
     def plot_degrees(self, metric: str = METRIC, arm: str | None = ARM):
-        "Metrics degree by degree, with bands; ValueError where no run carries them"
+        "Metrics degree by degree, with bands; ValueError where no run has them"
         found = self.degrees(metric, arm)
         if found.empty:
-            raise ValueError("no run carries its metrics degree by degree; log eval_by_degree, or metrics named like "
+            raise ValueError("no run has metrics degree by degree; log eval_by_degree, or metrics named like "
                              "eval_beam_accuracy_3∘2")
         names = found.metric.unique()
         across = min(len(names), 3)

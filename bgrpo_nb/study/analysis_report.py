@@ -1,7 +1,7 @@
 """One HTML file of a table of runs, and beside it the numbers of every table and figure.
 
-The page needs no network: its style, its figures and the script that sorts its tables are in the file. Plumbing of
-chapter 11; what the page says, it asks of the `RunTable`."""
+The page needs no network: its style, its figures and the script that sorts its tables are in the file. Every number
+and sentence on it comes from a method of `RunTable` (chapter 11)."""
 import html
 import io
 import re

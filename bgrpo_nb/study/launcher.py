@@ -1,6 +1,6 @@
 """Starts, watches and ends the processes of a sweep: workers of our own with Optuna, or agents of W&B.
 
-## By hand: a plan in words
+## The smallest example: a plan in words
 
 Before anything starts, the launcher prints what it understood.
 

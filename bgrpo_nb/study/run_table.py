@@ -219,9 +219,9 @@ def tidy(runs: list[Run],
     return RunTable(table, list(columns), metrics, history, reasons, fixed, sweep_file or {})
 
 def read_runs(*sources,                 # folders, an Optuna journal or storage URL, exports, entity/project/sweep
-               parameters=None,          # names of the columns; default: the settings that differ
-               study: str | None = None, # of an Optuna storage that holds several
-               api=None,                 # of W&B; default: wandb.Api()
+              parameters=None,          # names of the columns; default: the settings that differ
+              study: str | None = None, # of an Optuna storage that holds several
+              api=None,                 # of W&B; default: wandb.Api()
                ) -> RunTable:
     "One table from any sources"
     return tidy(*collect(sources, study, api), parameters)

@@ -1,5 +1,4 @@
-"""One sweep file in W&B's schema, read strictly: what it means, what is wrong with it, and the plan that it
-describes.
+"""One sweep file in the format of Weights & Biases: what it means, what is wrong with it, and its plan.
 
 ## By hand: the smallest grid
 
@@ -24,9 +23,9 @@ bayes plans how many there are, and chooses each when it begins.
 
 ## From a point to a command
 
-A trial is a program that takes `--name=value` flags, `--output_dir` among them, and writes `metrics.jsonl` and
-`result.json` there. `bgrpo train` is one; yours can be another. The macros are W&B's, so that one program serves
-both engines.
+A trial runs a program that takes `--name=value` flags, `--output_dir` among them, and writes `metrics.jsonl` and
+`result.json` there. `bgrpo train` is one; yours can be another. Words such as `${args}` in the command are
+replaced as W&B does it, so that one program serves both engines.
 
 ## A file of the repository
 
@@ -70,7 +69,7 @@ def _not_a_number(resolvers): # the pairs (tag, pattern) of one first character,
     return [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
 
 class _Loader(yaml.SafeLoader):
-    "1e-5 is a number, 3_2 is a word, a name is used once"
+    "1e-5 is a number, 3_2 is text, a name is used once"
     yaml_implicit_resolvers = {first: _not_a_number(found)
                                for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
