@@ -744,6 +744,12 @@ d = {
     ('generation.html#beams._repr_html_', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.Beams._table':
     ('generation.html#beams._table', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._AsInTheTree':
+    ('generation.html#_asinthetree', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._AsInTheTree.__call__':
+    ('generation.html#_asinthetree.__call__', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._AsInTheTree.__init__':
+    ('generation.html#_asinthetree.__init__', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding':
     ('generation.html#_decoding', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.__init__':
@@ -784,12 +790,14 @@ d = {
     ('generation.html#_check_prompts', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._draw':
     ('generation.html#_draw', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._end_tokens':
-    ('generation.html#_end_tokens', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._ids':
     ('generation.html#_ids', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._inference':
     ('generation.html#_inference', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._own_settings_off':
+    ('generation.html#_own_settings_off', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._processors':
+    ('generation.html#_processors', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._run':
     ('generation.html#_run', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._summed':

@@ -324,6 +324,61 @@ def test_families_without_a_tree_warn_once(config, reason):
     torch.testing.assert_close(beams[1].scores, scores, atol=1e-4, rtol=0)
 
 
+WITHOUT_TREE = dict(
+    windows=T.MistralConfig(**GROUPED, sliding_window=10),
+    recurrent=T.MambaConfig(**dict(SMALL_MAMBA, initializer_range=0.6)),
+    bloom=T.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, eos_token_id=None, initializer_range=0.6))
+OPINIONS = dict(repetition_penalty=3.0, no_repeat_ngram_size=2, suppress_tokens=[2, 3, 4], min_new_tokens=3,
+                bad_words_ids=[[5]], begin_suppress_tokens=[6], forced_eos_token_id=7, renormalize_logits=True,
+                do_sample=True, temperature=9.0, top_k=1, top_p=0.1, min_p=0.5, typical_p=0.2, num_beams=3,
+                length_penalty=2.0, early_stopping=True, eos_token_id=[8, 9], pad_token_id=3)
+
+
+def without_tree(name):
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(WITHOUT_TREE[name]).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*goes through generate")
+@pytest.mark.parametrize("name", WITHOUT_TREE)
+def test_a_checkpoint_s_generation_config_changes_no_search(name):
+    model, text = without_tree(name), PROMPTS[1:]
+    def searches():
+        torch.manual_seed(1)
+        drawn = sample(model, text, num_return_sequences=6, **NO_END)
+        return beam_search(model, text, num_beams=5, **NO_END), greedy(model, text, **NO_END), drawn
+    before = searches()
+    own = T.GenerationConfig(**OPINIONS)
+    model.generation_config = own
+    after = searches()
+    assert model.generation_config is own and own.repetition_penalty == 3.0 and own.eos_token_id == [8, 9]
+    for a, b in zip(before, after): assert torch.equal(a.sequences, b.sequences) and torch.equal(a.scores, b.scores)
+    assert_same(as_lists(after[0], 0), naive(model, prompt_of(1), 5, 8, set()))
+    assert_same(as_lists(after[1], 0), naive(model, prompt_of(1), 1, 8, set()))
+    ended = greedy(model, text, max_new_tokens=8, eos_token_id=after[1].sequences[0, 0, 2].item(), pad_token_id=0)
+    assert ended.lengths.item() <= 3                              # the caller's end token is obeyed
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_processors_and_temperature_are_the_same_with_and_without_a_tree(K, monkeypatch):
+    "The fallback searches a model that also has a tree, so the two can be compared"
+    model, penalty = family("llama"), T.RepetitionPenaltyLogitsProcessor(3.0)
+    calls = (lambda: beam_search(model, PROMPTS, MASK, num_beams=K, logits_processor=penalty, **NO_END),
+             lambda: greedy(model, PROMPTS, MASK, logits_processor=penalty, **NO_END),
+             lambda: sample(model, PROMPTS, MASK, num_return_sequences=K, temperature=0.5, **NO_END,
+                            logits_processor=[penalty, T.TopKLogitsWarper(1)]))
+    by_tree = [call() for call in calls]
+    monkeypatch.setattr(generation, "why_no_tree", lambda *args: "a test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for call, expected in zip(calls, by_tree):
+            found = call()
+            assert torch.equal(found.sequences, expected.sequences)
+            torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_greedy_and_samples_from_the_same_engine(name):
     model = family(name)
