@@ -718,6 +718,8 @@ d = {
     ('beam_tree.html#_treelayer.grow', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.update':
     ('beam_tree.html#_treelayer.update', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._inside':
+    ('beam_tree.html#_inside', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe':
     ('beam_tree.html#_probe', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe_logits':
@@ -734,6 +736,8 @@ d = {
     ('beam_tree.html#tree_attention_on', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.why_no_tree':
     ('beam_tree.html#why_no_tree', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.without_wrappers':
+    ('beam_tree.html#without_wrappers', 'bgrpo_nb/search/beam_tree.py'),
   },
   'bgrpo_nb.search.generation': {
    'bgrpo_nb.search.generation.Beams':

@@ -379,6 +379,85 @@ def test_processors_and_temperature_are_the_same_with_and_without_a_tree(K, monk
             torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
 
 
+class LoRALinear(torch.nn.Module):
+    "A product of two small matrices beside a layer; the second is zero at first"
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        self.A = torch.nn.Parameter(torch.randn(4, layer.in_features))
+        self.B = torch.nn.Parameter(torch.zeros(layer.out_features, 4))
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.A.T @ self.B.T
+
+
+class LoRAModel(torch.nn.Module):
+    "In the shape of PEFT's: (*args, **kwargs) hides the signature, all other attributes are the base model's"
+    def __init__(self, model):
+        super().__init__()
+        torch.manual_seed(2)
+        for layer in model.model.layers: layer.self_attn.q_proj = LoRALinear(layer.self_attn.q_proj)
+        self.base_model = torch.nn.Module()
+        self.base_model.model = model
+    def __getattr__(self, name):
+        try: return super().__getattr__(name)
+        except AttributeError: return getattr(self.base_model.model, name)
+    def get_base_model(self): return self.base_model.model
+    def forward(self, *args, **kwargs): return self.base_model.model(*args, **kwargs)
+
+
+def peft_model(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("wrap", [LoRAModel, peft_model])
+def test_a_lora_is_searched_over_the_tree_with_its_adapters(wrap):
+    plain, model = family("llama"), wrap(deepcopy(family("llama")))
+    calls = (lambda m: beam_search(m, PROMPTS, MASK, num_beams=5, **NO_END), lambda m: greedy(m, PROMPTS, MASK, **NO_END),
+             lambda m: sample(m, PROMPTS, MASK, num_return_sequences=5, **NO_END,
+                              generator=torch.Generator().manual_seed(0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in calls:
+            a, b = call(plain), call(model)
+            assert torch.equal(a.sequences, b.sequences) and torch.equal(a.scores, b.scores)
+        for name, x in model.named_parameters():
+            if x.requires_grad and (name.endswith(".B") or "lora_B" in name): torch.nn.init.normal_(x, std=0.5)
+        model.train()
+        adapted = calls[0](model)
+        assert model.training and model.get_base_model().config._attn_implementation == "sdpa"
+    model.eval()
+    assert not torch.equal(adapted.scores, calls[0](plain).scores)
+    for b in range(2): assert_same(as_lists(adapted, b), naive(model, prompt_of(b), 5, 8, set()))
+
+
+def test_prompt_learning_goes_through_its_own_generate():
+    "Its forward adds tokens to the prompt, so the model inside is another policy"
+    class Soft(LoRAModel): active_peft_config = type("Config", (), dict(is_prompt_learning=True))
+    assert why_no_tree(Soft(deepcopy(family("llama"))), 14) == "its forward takes no position_ids"
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_compiled_wrapper_is_searched_compiled(static):
+    torch.compiler.reset()
+    graphs, plain = [], family("llama")
+    def backend(graph, inputs):
+        graphs.append(1)
+        return graph.forward
+    model = torch.compile(deepcopy(plain), dynamic=True, fullgraph=True, backend=backend)
+    for K in (3, 4):
+        a, b = (beam_search(m, PROMPTS, MASK, num_beams=K, static=static, **NO_END) for m in (plain, model))
+        assert torch.equal(a.sequences, b.sequences)
+        torch.testing.assert_close(a.scores, b.scores, atol=1e-4, rtol=0)
+        assert len(graphs) == 1
+
+
+def test_a_wrapper_for_several_processes_is_taken_off():
+    plain, model = family("llama"), torch.nn.DataParallel(deepcopy(family("llama")))
+    a, b = (beam_search(m, PROMPTS, MASK, num_beams=5, **NO_END) for m in (plain, model))
+    assert torch.equal(a.sequences, b.sequences) and torch.equal(a.scores, b.scores)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_greedy_and_samples_from_the_same_engine(name):
     model = family(name)

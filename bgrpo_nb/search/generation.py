@@ -70,7 +70,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 # %% ../../nbs/03_generation.ipynb #ded3d7f8
-from .beam_tree import BeamTree, tree_attention_on, why_no_tree
+from .beam_tree import BeamTree, tree_attention_on, why_no_tree, without_wrappers
 from .packed_weights import forget_packed, packed_linears
 
 # %% ../../nbs/03_generation.ipynb #d88e1ec3
@@ -151,12 +151,13 @@ def _inference(search):
     def run(model, *args, **kwargs):
         training = model.training
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        called = without_wrappers(model, keep_compiled=True)
         model.eval()
         try:
-            with torch.no_grad(), torch.inference_mode(not distributed): found = search(model, *args, **kwargs)
+            with torch.no_grad(), torch.inference_mode(not distributed): found = search(called, *args, **kwargs)
         finally:
             model.train(training)
-            if training: forget_packed(model)                    # training needs the memory
+            if training: forget_packed(called)                   # training needs the memory
         return Beams(*(x.clone() for x in found))
     return run
 
@@ -404,10 +405,11 @@ def _warn_once(model, reason):
 @contextmanager
 def _own_settings_off(model):
     "`generate` fills every setting that is None from the model's own configuration, so this one is empty"
-    before = model.generation_config
-    model.generation_config = GenerationConfig()
+    owner = model.get_base_model() if hasattr(type(model), "get_base_model") else model # PEFT's prompt learning
+    before = owner.generation_config
+    owner.generation_config = GenerationConfig()
     try: yield
-    finally: model.generation_config = before
+    finally: owner.generation_config = before
 
 class _AsInTheTree:
     "Processors read what they read in a tree: log-probabilities at the temperature"
@@ -422,6 +424,7 @@ def _processors(processor, temperature): # the processors for `generate`, and th
 def _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, processor,
                  temperature=1.0, **how) -> Beams:
     "The same search through Transformers' own loop"
+    model = without_wrappers(model)
     _warn_once(model, reason)
     processors, temperature = _processors(processor, temperature)
     ends = None if eos_token_id is None else _ids(eos_token_id, "cpu").tolist()
