@@ -219,6 +219,26 @@ def test_settings_come_back_after_an_exception(static):
     finally: model.eval()
 
 
+@pytest.mark.parametrize("call, how", [(beam_search, dict(num_beams=3)), (greedy, {}), (sample, {})])
+def test_what_cannot_be_continued_is_refused(call, how):
+    torch.manual_seed(0)
+    small = dict(vocab_size=V, d_model=16, decoder_start_token_id=0)
+    t5 = T.T5ForConditionalGeneration(T.T5Config(**small, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+    bart = T.BartForConditionalGeneration(T.BartConfig(**small, encoder_layers=1, decoder_layers=1)).eval()
+    for model in (t5, bart, LoRAModel(t5, ())):
+        with Forwards(model) as forwards, pytest.raises(ValueError, match="encoder-decoder.*use its own generate"):
+            call(model, PROMPTS, MASK, **how, **NO_END)
+        assert not forwards.shapes
+    decoder = T.BartForCausalLM(T.BartConfig(**small, decoder_layers=1, decoder_attention_heads=2)).eval()
+    assert call(decoder, PROMPTS[1:], **how, **NO_END).lengths.min() == 8
+    with pytest.raises(ValueError, match="prompts are empty.*BOS"):
+        call(family("gpt2"), PROMPTS[:, :0], **how, **NO_END)
+    with pytest.raises(ValueError, match=r"nothing of prompt\(s\) \[1\]"):
+        call(family("gpt2"), PROMPTS, MASK * torch.tensor([[1], [0]]), **how, **NO_END)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        call(family("gpt2"), PROMPTS[:0], **how, **NO_END)
+
+
 LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
                 original_max_position_embeddings=8)
 TRAINED = {name: FAMILIES[name] for name in ("gpt2", "opt", "llama", "gemma3")} | dict(
@@ -392,10 +412,10 @@ class LoRALinear(torch.nn.Module):
 
 class LoRAModel(torch.nn.Module):
     "In the shape of PEFT's: (*args, **kwargs) hides the signature, all other attributes are the base model's"
-    def __init__(self, model):
+    def __init__(self, model, layers=None):
         super().__init__()
         torch.manual_seed(2)
-        for layer in model.model.layers: layer.self_attn.q_proj = LoRALinear(layer.self_attn.q_proj)
+        for layer in model.model.layers if layers is None else layers: layer.self_attn.q_proj = LoRALinear(layer.self_attn.q_proj)
         self.base_model = torch.nn.Module()
         self.base_model.model = model
     def __getattr__(self, name):

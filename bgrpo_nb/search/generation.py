@@ -109,12 +109,18 @@ class Beams(NamedTuple):
 # %% ../../nbs/03_generation.ipynb #404eb4a5
 def _check_prompts(input_ids, attention_mask) -> Tensor: # the attention mask
     "Prompts of shape (B, P), padded on the left"
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be (B, P) with at least one token, not {tuple(input_ids.shape)}")
+    if input_ids.ndim != 2 or not len(input_ids):
+        raise ValueError(f"input_ids must be (B, P) with at least one prompt, not {tuple(input_ids.shape)}")
+    if not input_ids.shape[1]: raise ValueError("the prompts are empty: begin each with one token at least, such as "
+                                                "the tokenizer's BOS token")
     if attention_mask is None: return torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
                          f"{tuple(input_ids.shape)}")
+    empty = (~attention_mask.bool().any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"the attention mask leaves nothing of prompt(s) {empty[:8]}: begin each with one token at "
+                         f"least, such as the tokenizer's BOS token, or leave these prompts out")
     ends_in_padding = not attention_mask[:, -1].all()
     has_a_gap = (attention_mask.diff(dim=1) < 0).any()
     if ends_in_padding or has_a_gap:
@@ -130,8 +136,15 @@ def _check_length(model, attention_mask, max_new_tokens):
         raise ValueError(f"prompt and completion may reach {longest} tokens, the model has {limit} positions; "
                          f"lower max_new_tokens by {longest - limit} or leave the longest prompts out")
 
+def _check_family(model):
+    "A decoder continues its prompt; an encoder-decoder answers a text that it has encoded"
+    if not getattr(model.config, "is_encoder_decoder", False): return
+    raise ValueError(f"{type(without_wrappers(model)).__name__} is an encoder-decoder, which does not continue a "
+                     f"prompt: use its own generate(num_beams=...), or a decoder (AutoModelForCausalLM) here")
+
 def _check(model, input_ids, attention_mask, width, max_new_tokens) -> Tensor: # the attention mask
     "A clear error now instead of a strange one later"
+    _check_family(model)
     attention_mask = _check_prompts(input_ids, attention_mask)
     if width < 1: raise ValueError(f"a width of {width} finds nothing; use 1 or more")
     _check_length(model, attention_mask, max_new_tokens)
