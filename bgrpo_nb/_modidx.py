@@ -718,6 +718,8 @@ d = {
     ('beam_tree.html#_treelayer.grow', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.update':
     ('beam_tree.html#_treelayer.update', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._has_sinks':
+    ('beam_tree.html#_has_sinks', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._inside':
     ('beam_tree.html#_inside', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe':
@@ -728,6 +730,8 @@ d = {
     ('beam_tree.html#_ruled_out', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._soft_capped':
     ('beam_tree.html#_soft_capped', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._tolerance':
+    ('beam_tree.html#_tolerance', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._whole_mask':
     ('beam_tree.html#_whole_mask', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.tree_attention':

@@ -1,6 +1,7 @@
 "Beam search, sampling, greedy decoding: equal to `generate` and to a naive loop, for every family and every shape."
 import gc
 import inspect
+import re
 import shutil
 import warnings
 import weakref
@@ -219,6 +220,7 @@ def test_settings_come_back_after_an_exception(static):
     finally: model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:.*goes through generate")
 @pytest.mark.parametrize("call, how", [(beam_search, dict(num_beams=3)), (greedy, {}), (sample, {})])
 def test_what_cannot_be_continued_is_refused(call, how):
     torch.manual_seed(0)
@@ -359,6 +361,41 @@ def without_tree(name):
     model = T.AutoModelForCausalLM.from_config(WITHOUT_TREE[name]).eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+NEO = dict(vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=64, window_size=32,
+           eos_token_id=None, bos_token_id=None, initializer_range=0.6)
+OSS = dict(HEAD, num_local_experts=4, sliding_window=32, rope_parameters=dict(rope_type="default", rope_theta=1e4))
+
+
+@pytest.mark.filterwarnings("ignore:.*goes through generate")
+@pytest.mark.parametrize("config, reason", [
+    (T.GptOssConfig(**OSS | dict(initializer_range=0.02)), "attention sinks"),
+    (T.GptOssConfig(**OSS), "attention sinks"),
+    (T.GPTNeoConfig(**NEO, attention_types=[[["global", "local"], 1]]), r"global, local\) has a mask of its own"),
+    (T.GPTNeoConfig(**NEO, attention_types=[[["global"], 2]]), r"global\) has a mask of its own")])
+def test_attention_that_a_tree_does_not_have_is_found_by_what_it_is(config, reason):
+    "Short texts and fresh weights hide the difference from a probe; long searches do not"
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    assert re.search(reason, why_no_tree(model, 14) or "")
+    found = beam_search(model, PROMPTS[1:], num_beams=8, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    assert_same(as_lists(found, 0), naive(model, prompt_of(1), 8, 12, set()))
+
+
+@pytest.mark.parametrize("scale", [0.002, 0.05, 0.6])
+def test_the_probe_measures_against_the_spread_of_the_logits(scale):
+    "A model that ignores the mask is found with small weights too, and right ones pass in every precision"
+    class Ignoring(T.LlamaForCausalLM):
+        def forward(self, input_ids=None, position_ids=None, **kwargs): return super().forward(input_ids, **kwargs)
+    shape = dict(GROUPED, initializer_range=scale)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        assert why_no_tree(T.AutoModelForCausalLM.from_config(T.LlamaConfig(**shape), dtype=dtype).eval(), 14) is None
+    if scale < 0.05: return                                       # positions hardly reach these logits
+    torch.manual_seed(0)
+    assert "differ" in why_no_tree(Ignoring(T.LlamaConfig(**shape)).eval(), 14)
 
 
 @pytest.mark.filterwarnings("ignore:.*goes through generate")

@@ -299,6 +299,8 @@ def _ruled_out(model, length) -> str | None:
     if config.is_encoder_decoder: return "it is an encoder-decoder"
     if getattr(model, "_is_stateful", False): return "it has recurrent state"
     if "position_ids" not in inspect.signature(model.forward).parameters: return "its forward takes no position_ids"
+    own_mask = getattr(config, "attention_layers", None)       # GPT-Neo: slots are counted, not positions
+    if own_mask: return f"its attention ({', '.join(sorted(set(own_mask)))}) has a mask of its own"
     kinds = set(getattr(config, "layer_types", None) or [])
     others = kinds - {"full_attention", "sliding_attention"}
     if others: return f"it has layers of type {', '.join(sorted(others))}"
@@ -325,10 +327,20 @@ def _probe_logits(model, prompts, mask, path): # of the second beam, continued t
         logits, _ = tree.extend(path, paths[:, [1, 1]])
     return logits[:, 1]
 
+def _has_sinks(model) -> bool:
+    "Attention sinks: a learned logit of each head in the denominator of its softmax"
+    return any("sink" in name.rpartition(".")[2] for name, _ in model.named_parameters())
+
+def _tolerance(logits: Tensor, dtype) -> Tensor: # (V,) float32, from a model of that dtype
+    "A hundredth of the logits' standard deviation, and what rounding alone may change"
+    rounding = 8 * torch.finfo(dtype).eps * logits.abs().max()
+    return 0.01 * logits.std() + rounding
+
 @torch.no_grad()
 @set_stance("force_eager")
 def _probe(model) -> str | None:
     "Compare a small tree with plain forwards"
+    if _has_sinks(model): return "it has attention sinks"
     V, device = model.config.get_text_config().vocab_size, model.device
     prompts = torch.tensor([[0, 1, 2], [3, 4, 5]], device=device) % V
     path = torch.tensor([[6, 7], [8, 9]], device=device) % V
@@ -338,8 +350,8 @@ def _probe(model) -> str | None:
         for b in range(2):
             row = torch.cat([prompts[b][mask[b].bool()], path[b, [1, 1]]])[None]
             plain = model(input_ids=row).logits[0, -1].float()
-            tolerance = 0.05 * plain.abs().max().clamp(min=1)
-            if (found[b] - plain).abs().max() > tolerance: return "its logits over a tree differ from its own"
+            difference = (found[b] - plain).abs().max()
+            if difference > _tolerance(plain, model.dtype): return "its logits over a tree differ from its own"
     except Exception as e:
         first_line = str(e).splitlines()[0][:80] if str(e) else ""
         return f"it does not accept a tree ({type(e).__name__}: {first_line})"
