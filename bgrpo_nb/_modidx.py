@@ -718,6 +718,10 @@ d = {
     ('beam_tree.html#_treelayer.grow', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.update':
     ('beam_tree.html#_treelayer.update', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._has_sinks':
+    ('beam_tree.html#_has_sinks', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._inside':
+    ('beam_tree.html#_inside', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe':
     ('beam_tree.html#_probe', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe_logits':
@@ -726,6 +730,8 @@ d = {
     ('beam_tree.html#_ruled_out', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._soft_capped':
     ('beam_tree.html#_soft_capped', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._tolerance':
+    ('beam_tree.html#_tolerance', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._whole_mask':
     ('beam_tree.html#_whole_mask', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.tree_attention':
@@ -734,6 +740,8 @@ d = {
     ('beam_tree.html#tree_attention_on', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.why_no_tree':
     ('beam_tree.html#why_no_tree', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.without_wrappers':
+    ('beam_tree.html#without_wrappers', 'bgrpo_nb/search/beam_tree.py'),
   },
   'bgrpo_nb.search.generation': {
    'bgrpo_nb.search.generation.Beams':
@@ -744,6 +752,12 @@ d = {
     ('generation.html#beams._repr_html_', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.Beams._table':
     ('generation.html#beams._table', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._AsInTheTree':
+    ('generation.html#_asinthetree', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._AsInTheTree.__call__':
+    ('generation.html#_asinthetree.__call__', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._AsInTheTree.__init__':
+    ('generation.html#_asinthetree.__init__', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding':
     ('generation.html#_decoding', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.__init__':
@@ -778,18 +792,22 @@ d = {
     ('generation.html#_captured', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check':
     ('generation.html#_check', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._check_family':
+    ('generation.html#_check_family', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_length':
     ('generation.html#_check_length', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_prompts':
     ('generation.html#_check_prompts', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._draw':
     ('generation.html#_draw', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._end_tokens':
-    ('generation.html#_end_tokens', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._ids':
     ('generation.html#_ids', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._inference':
     ('generation.html#_inference', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._own_settings_off':
+    ('generation.html#_own_settings_off', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._processors':
+    ('generation.html#_processors', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._run':
     ('generation.html#_run', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._summed':

@@ -1,6 +1,7 @@
 "Beam search, sampling, greedy decoding: equal to `generate` and to a naive loop, for every family and every shape."
 import gc
 import inspect
+import re
 import shutil
 import warnings
 import weakref
@@ -219,6 +220,27 @@ def test_settings_come_back_after_an_exception(static):
     finally: model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:.*goes through generate")
+@pytest.mark.parametrize("call, how", [(beam_search, dict(num_beams=3)), (greedy, {}), (sample, {})])
+def test_what_cannot_be_continued_is_refused(call, how):
+    torch.manual_seed(0)
+    small = dict(vocab_size=V, d_model=16, decoder_start_token_id=0)
+    t5 = T.T5ForConditionalGeneration(T.T5Config(**small, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+    bart = T.BartForConditionalGeneration(T.BartConfig(**small, encoder_layers=1, decoder_layers=1)).eval()
+    for model in (t5, bart, LoRAModel(t5, ())):
+        with Forwards(model) as forwards, pytest.raises(ValueError, match="encoder-decoder.*use its own generate"):
+            call(model, PROMPTS, MASK, **how, **NO_END)
+        assert not forwards.shapes
+    decoder = T.BartForCausalLM(T.BartConfig(**small, decoder_layers=1, decoder_attention_heads=2)).eval()
+    assert call(decoder, PROMPTS[1:], **how, **NO_END).lengths.min() == 8
+    with pytest.raises(ValueError, match="prompts are empty.*BOS"):
+        call(family("gpt2"), PROMPTS[:, :0], **how, **NO_END)
+    with pytest.raises(ValueError, match=r"nothing of prompt\(s\) \[1\]"):
+        call(family("gpt2"), PROMPTS, MASK * torch.tensor([[1], [0]]), **how, **NO_END)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        call(family("gpt2"), PROMPTS[:0], **how, **NO_END)
+
+
 LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
                 original_max_position_embeddings=8)
 TRAINED = {name: FAMILIES[name] for name in ("gpt2", "opt", "llama", "gemma3")} | dict(
@@ -322,6 +344,175 @@ def test_families_without_a_tree_warn_once(config, reason):
     sequences, scores = by_generate(model, PROMPTS, MASK, 3, 8)
     assert torch.equal(beams[1].sequences, sequences)
     torch.testing.assert_close(beams[1].scores, scores, atol=1e-4, rtol=0)
+
+
+WITHOUT_TREE = dict(
+    windows=T.MistralConfig(**GROUPED, sliding_window=10),
+    recurrent=T.MambaConfig(**dict(SMALL_MAMBA, initializer_range=0.6)),
+    bloom=T.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, eos_token_id=None, initializer_range=0.6))
+OPINIONS = dict(repetition_penalty=3.0, no_repeat_ngram_size=2, suppress_tokens=[2, 3, 4], min_new_tokens=3,
+                bad_words_ids=[[5]], begin_suppress_tokens=[6], forced_eos_token_id=7, renormalize_logits=True,
+                do_sample=True, temperature=9.0, top_k=1, top_p=0.1, min_p=0.5, typical_p=0.2, num_beams=3,
+                length_penalty=2.0, early_stopping=True, eos_token_id=[8, 9], pad_token_id=3)
+
+
+def without_tree(name):
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(WITHOUT_TREE[name]).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+NEO = dict(vocab_size=V, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=64, window_size=32,
+           eos_token_id=None, bos_token_id=None, initializer_range=0.6)
+OSS = dict(HEAD, num_local_experts=4, sliding_window=32, rope_parameters=dict(rope_type="default", rope_theta=1e4))
+
+
+@pytest.mark.filterwarnings("ignore:.*goes through generate")
+@pytest.mark.parametrize("config, reason", [
+    (T.GptOssConfig(**OSS | dict(initializer_range=0.02)), "attention sinks"),
+    (T.GptOssConfig(**OSS), "attention sinks"),
+    (T.GPTNeoConfig(**NEO, attention_types=[[["global", "local"], 1]]), r"global, local\) has a mask of its own"),
+    (T.GPTNeoConfig(**NEO, attention_types=[[["global"], 2]]), r"global\) has a mask of its own")])
+def test_attention_that_a_tree_does_not_have_is_found_by_what_it_is(config, reason):
+    "Short texts and fresh weights hide the difference from a probe; long searches do not"
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    assert re.search(reason, why_no_tree(model, 14) or "")
+    found = beam_search(model, PROMPTS[1:], num_beams=8, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    assert_same(as_lists(found, 0), naive(model, prompt_of(1), 8, 12, set()))
+
+
+@pytest.mark.parametrize("scale", [0.002, 0.05, 0.6])
+def test_the_probe_measures_against_the_spread_of_the_logits(scale):
+    "A model that ignores the mask is found with small weights too, and right ones pass in every precision"
+    class Ignoring(T.LlamaForCausalLM):
+        def forward(self, input_ids=None, position_ids=None, **kwargs): return super().forward(input_ids, **kwargs)
+    shape = dict(GROUPED, initializer_range=scale)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        assert why_no_tree(T.AutoModelForCausalLM.from_config(T.LlamaConfig(**shape), dtype=dtype).eval(), 14) is None
+    if scale < 0.05: return                                       # positions hardly reach these logits
+    torch.manual_seed(0)
+    assert "differ" in why_no_tree(Ignoring(T.LlamaConfig(**shape)).eval(), 14)
+
+
+@pytest.mark.filterwarnings("ignore:.*goes through generate")
+@pytest.mark.parametrize("name", WITHOUT_TREE)
+def test_a_checkpoint_s_generation_config_changes_no_search(name):
+    model, text = without_tree(name), PROMPTS[1:]
+    def searches():
+        torch.manual_seed(1)
+        drawn = sample(model, text, num_return_sequences=6, **NO_END)
+        return beam_search(model, text, num_beams=5, **NO_END), greedy(model, text, **NO_END), drawn
+    before = searches()
+    own = T.GenerationConfig(**OPINIONS)
+    model.generation_config = own
+    after = searches()
+    assert model.generation_config is own and own.repetition_penalty == 3.0 and own.eos_token_id == [8, 9]
+    for a, b in zip(before, after): assert torch.equal(a.sequences, b.sequences) and torch.equal(a.scores, b.scores)
+    assert_same(as_lists(after[0], 0), naive(model, prompt_of(1), 5, 8, set()))
+    assert_same(as_lists(after[1], 0), naive(model, prompt_of(1), 1, 8, set()))
+    ended = greedy(model, text, max_new_tokens=8, eos_token_id=after[1].sequences[0, 0, 2].item(), pad_token_id=0)
+    assert ended.lengths.item() <= 3                              # the caller's end token is obeyed
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_processors_and_temperature_are_the_same_with_and_without_a_tree(K, monkeypatch):
+    "The fallback searches a model that also has a tree, so the two can be compared"
+    model, penalty = family("llama"), T.RepetitionPenaltyLogitsProcessor(3.0)
+    calls = (lambda: beam_search(model, PROMPTS, MASK, num_beams=K, logits_processor=penalty, **NO_END),
+             lambda: greedy(model, PROMPTS, MASK, logits_processor=penalty, **NO_END),
+             lambda: sample(model, PROMPTS, MASK, num_return_sequences=K, temperature=0.5, **NO_END,
+                            logits_processor=[penalty, T.TopKLogitsWarper(1)]))
+    by_tree = [call() for call in calls]
+    monkeypatch.setattr(generation, "why_no_tree", lambda *args: "a test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for call, expected in zip(calls, by_tree):
+            found = call()
+            assert torch.equal(found.sequences, expected.sequences)
+            torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)
+
+
+class LoRALinear(torch.nn.Module):
+    "A product of two small matrices beside a layer; the second is zero at first"
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        self.A = torch.nn.Parameter(torch.randn(4, layer.in_features))
+        self.B = torch.nn.Parameter(torch.zeros(layer.out_features, 4))
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.A.T @ self.B.T
+
+
+class LoRAModel(torch.nn.Module):
+    "In the shape of PEFT's: (*args, **kwargs) hides the signature, all other attributes are the base model's"
+    def __init__(self, model, layers=None):
+        super().__init__()
+        torch.manual_seed(2)
+        for layer in model.model.layers if layers is None else layers: layer.self_attn.q_proj = LoRALinear(layer.self_attn.q_proj)
+        self.base_model = torch.nn.Module()
+        self.base_model.model = model
+    def __getattr__(self, name):
+        try: return super().__getattr__(name)
+        except AttributeError: return getattr(self.base_model.model, name)
+    def get_base_model(self): return self.base_model.model
+    def forward(self, *args, **kwargs): return self.base_model.model(*args, **kwargs)
+
+
+def peft_model(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("wrap", [LoRAModel, peft_model])
+def test_a_lora_is_searched_over_the_tree_with_its_adapters(wrap):
+    plain, model = family("llama"), wrap(deepcopy(family("llama")))
+    calls = (lambda m: beam_search(m, PROMPTS, MASK, num_beams=5, **NO_END), lambda m: greedy(m, PROMPTS, MASK, **NO_END),
+             lambda m: sample(m, PROMPTS, MASK, num_return_sequences=5, **NO_END,
+                              generator=torch.Generator().manual_seed(0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in calls:
+            a, b = call(plain), call(model)
+            assert torch.equal(a.sequences, b.sequences) and torch.equal(a.scores, b.scores)
+        for name, x in model.named_parameters():
+            if x.requires_grad and (name.endswith(".B") or "lora_B" in name): torch.nn.init.normal_(x, std=0.5)
+        model.train()
+        adapted = calls[0](model)
+        assert model.training and model.get_base_model().config._attn_implementation == "sdpa"
+    model.eval()
+    assert not torch.equal(adapted.scores, calls[0](plain).scores)
+    for b in range(2): assert_same(as_lists(adapted, b), naive(model, prompt_of(b), 5, 8, set()))
+
+
+def test_prompt_learning_goes_through_its_own_generate():
+    "Its forward adds tokens to the prompt, so the model inside is another policy"
+    class Soft(LoRAModel): active_peft_config = type("Config", (), dict(is_prompt_learning=True))
+    assert why_no_tree(Soft(deepcopy(family("llama"))), 14) == "its forward takes no position_ids"
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_compiled_wrapper_is_searched_compiled(static):
+    torch.compiler.reset()
+    graphs, plain = [], family("llama")
+    def backend(graph, inputs):
+        graphs.append(1)
+        return graph.forward
+    model = torch.compile(deepcopy(plain), dynamic=True, fullgraph=True, backend=backend)
+    for K in (3, 4):
+        a, b = (beam_search(m, PROMPTS, MASK, num_beams=K, static=static, **NO_END) for m in (plain, model))
+        assert torch.equal(a.sequences, b.sequences)
+        torch.testing.assert_close(a.scores, b.scores, atol=1e-4, rtol=0)
+        assert len(graphs) == 1
+
+
+def test_a_wrapper_for_several_processes_is_taken_off():
+    plain, model = family("llama"), torch.nn.DataParallel(deepcopy(family("llama")))
+    a, b = (beam_search(m, PROMPTS, MASK, num_beams=5, **NO_END) for m in (plain, model))
+    assert torch.equal(a.sequences, b.sequences) and torch.equal(a.scores, b.scores)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])

@@ -67,10 +67,10 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 # %% ../../nbs/03_generation.ipynb #ded3d7f8
-from .beam_tree import BeamTree, tree_attention_on, why_no_tree
+from .beam_tree import BeamTree, tree_attention_on, why_no_tree, without_wrappers
 from .packed_weights import forget_packed, packed_linears
 
 # %% ../../nbs/03_generation.ipynb #d88e1ec3
@@ -109,12 +109,18 @@ class Beams(NamedTuple):
 # %% ../../nbs/03_generation.ipynb #404eb4a5
 def _check_prompts(input_ids, attention_mask) -> Tensor: # the attention mask
     "Prompts of shape (B, P), padded on the left"
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be (B, P) with at least one token, not {tuple(input_ids.shape)}")
+    if input_ids.ndim != 2 or not len(input_ids):
+        raise ValueError(f"input_ids must be (B, P) with at least one prompt, not {tuple(input_ids.shape)}")
+    if not input_ids.shape[1]: raise ValueError("the prompts are empty: begin each with one token at least, such as "
+                                                "the tokenizer's BOS token")
     if attention_mask is None: return torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids "
                          f"{tuple(input_ids.shape)}")
+    empty = (~attention_mask.bool().any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"the attention mask leaves nothing of prompt(s) {empty[:8]}: begin each with one token at "
+                         f"least, such as the tokenizer's BOS token, or leave these prompts out")
     ends_in_padding = not attention_mask[:, -1].all()
     has_a_gap = (attention_mask.diff(dim=1) < 0).any()
     if ends_in_padding or has_a_gap:
@@ -130,8 +136,15 @@ def _check_length(model, attention_mask, max_new_tokens):
         raise ValueError(f"prompt and completion may reach {longest} tokens, the model has {limit} positions; "
                          f"lower max_new_tokens by {longest - limit} or leave the longest prompts out")
 
+def _check_family(model):
+    "A decoder continues its prompt; an encoder-decoder answers a text that it has encoded"
+    if not getattr(model.config, "is_encoder_decoder", False): return
+    raise ValueError(f"{type(without_wrappers(model)).__name__} is an encoder-decoder, which does not continue a "
+                     f"prompt: use its own generate(num_beams=...), or a decoder (AutoModelForCausalLM) here")
+
 def _check(model, input_ids, attention_mask, width, max_new_tokens) -> Tensor: # the attention mask
     "A clear error now instead of a strange one later"
+    _check_family(model)
     attention_mask = _check_prompts(input_ids, attention_mask)
     if width < 1: raise ValueError(f"a width of {width} finds nothing; use 1 or more")
     _check_length(model, attention_mask, max_new_tokens)
@@ -151,12 +164,13 @@ def _inference(search):
     def run(model, *args, **kwargs):
         training = model.training
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        called = without_wrappers(model, keep_compiled=True)
         model.eval()
         try:
-            with torch.no_grad(), torch.inference_mode(not distributed): found = search(model, *args, **kwargs)
+            with torch.no_grad(), torch.inference_mode(not distributed): found = search(called, *args, **kwargs)
         finally:
             model.train(training)
-            if training: forget_packed(model)                    # training needs the memory
+            if training: forget_packed(called)                   # training needs the memory
         return Beams(*(x.clone() for x in found))
     return run
 
@@ -183,6 +197,7 @@ class _Decoding:
                  scores: Tensor, # (B, K): 0 for beams that exist from the start, -inf for empty ones
                  C: int, eos: Tensor, pad: int, processor):
         (B, K), device = scores.shape, scores.device
+        if type(processor) is list: processor = LogitsProcessorList(processor)
         self.tree, self.static, self.eos, self.pad, self.processor = tree, tree.static, eos, pad, processor
         self.rows = torch.arange(B, device=device)               # the prompts that are still in the batch
         self.step = 0                                            # tokens that every open beam has written
@@ -321,7 +336,7 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 max_new_tokens: int,      # C at most
                 eos_token_id,             # id, ids, or None
                 pad_token_id: int,
-                logits_processor=None,    # Transformers' processors, applied to log-probabilities
+                logits_processor=None,    # one of Transformers' processors, or a list, for log-probabilities
                 static: bool | str | None = None, # fixed shapes; None: on an accelerator; "capture": a CUDA graph
                 ) -> Beams: # best first; fewer than K where fewer sequences exist
     "The K sequences that a beam search finds for each prompt, each prompt read once"
@@ -383,7 +398,7 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
     reason = why_no_tree(model, input_ids.shape[1] + C)
     if reason:
         return _by_generate(model, input_ids, attention_mask, reason, C, eos_token_id, pad_token_id, logits_processor,
-                            do_sample=True, temperature=temperature, top_k=0, num_return_sequences=K)
+                            temperature=temperature, do_sample=True, num_return_sequences=K)
     tree = _tree(model, input_ids, attention_mask, K, C, static)
     scores = torch.zeros(len(input_ids), K, device=input_ids.device)
     search = _Decoding(tree, scores, C, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
@@ -401,32 +416,49 @@ def _warn_once(model, reason):
     warnings.warn(f"{key[0]} goes through generate(), which is slower: {reason}", stacklevel=5)
 
 @contextmanager
-def _end_tokens(model, eos_token_id):
-    "These end tokens, and no others, for `generate`"
-    before = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = None if eos_token_id is None else _ids(eos_token_id, "cpu").tolist()
+def _own_settings_off(model):
+    "`generate` fills every setting that is None from the model's own configuration, so this one is empty"
+    owner = model.get_base_model() if hasattr(type(model), "get_base_model") else model # PEFT's prompt learning
+    before = owner.generation_config
+    owner.generation_config = GenerationConfig()
     try: yield
-    finally: model.generation_config.eos_token_id = before
+    finally: owner.generation_config = before
+
+class _AsInTheTree:
+    "Processors read what they read in a tree: log-probabilities at the temperature"
+    def __init__(self, temperature): self.temperature = temperature
+    def __call__(self, ids, logits): return logits.log_softmax(-1) / self.temperature
+
+def _processors(processor, temperature): # the processors for `generate`, and the temperature that is left to it
+    if processor is None: return None, temperature
+    own = processor if isinstance(processor, list) else [processor]
+    return LogitsProcessorList([_AsInTheTree(temperature), *own]), 1.0
 
 def _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, processor,
-                 **how) -> Beams:
+                 temperature=1.0, **how) -> Beams:
     "The same search through Transformers' own loop"
+    model = without_wrappers(model)
     _warn_once(model, reason)
-    if processor is not None and not isinstance(processor, list): processor = LogitsProcessorList([processor])
-    settings = dict(do_sample=False, return_dict_in_generate=True, output_scores=True, output_logits=True) | how
-    with _end_tokens(model, eos_token_id):
-        out = model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
-                             pad_token_id=pad_token_id, logits_processor=processor, **settings)
+    processors, temperature = _processors(processor, temperature)
+    ends = None if eos_token_id is None else _ids(eos_token_id, "cpu").tolist()
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad_token_id,
+                                temperature=temperature, top_k=0, return_dict_in_generate=True, output_scores=True,
+                                output_logits=True, **how)
+    with _own_settings_off(model):
+        out = model.generate(input_ids, attention_mask=attention_mask, generation_config=settings,
+                             logits_processor=processors)
     tokens = out.sequences[:, input_ids.shape[1]:]
     is_end = torch.isin(tokens, _ids(eos_token_id, tokens.device)).int()
     up_to_end = is_end.cumsum(1) - is_end == 0
     B, K = len(input_ids), how["num_return_sequences"]
-    scores = out.sequences_scores if "num_beams" in how and K > 1 else _summed(out.logits, tokens, up_to_end)
+    if "num_beams" in how and K > 1: scores = out.sequences_scores
+    elif "num_beams" in how and processors: scores = _summed(out.scores, tokens, up_to_end) # of processed beams
+    else: scores = _summed([x.float().log_softmax(-1) for x in out.logits], tokens, up_to_end)
     scores = torch.where(scores < -1e8, -torch.inf, scores.float()).view(B, K) # padding with duplicates
     lengths = up_to_end.sum(1).view(B, K).masked_fill(scores == -torch.inf, 0)
     return Beams(tokens.masked_fill(~up_to_end, pad_token_id).view(B, K, -1), scores, lengths)
 
-def _summed(logits, tokens, counts): # C of (N, V); (N, C) long; (N, C) bool -> (N,) nats
+def _summed(logps, tokens, counts): # C of (N, V); (N, C) long; (N, C) bool -> (N,) nats
     "Log-probability of the tokens that count"
-    logp = torch.stack(logits, 1).float().log_softmax(-1)
-    return (logp.gather(2, tokens[..., None])[..., 0] * counts).sum(1)
+    chosen = [logp.float().gather(1, tokens[:, c:c + 1]) for c, logp in enumerate(logps)]
+    return torch.cat(chosen, 1).masked_fill(~counts, 0).sum(1)
