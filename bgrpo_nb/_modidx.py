@@ -352,6 +352,8 @@ d = {
     ('rewards.html#verifiedreward.__name__', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.VerifiedReward._log':
     ('rewards.html#verifiedreward._log', 'bgrpo_nb/learn/rewards.py'),
+   'bgrpo_nb.learn.rewards._advantages_of_group':
+    ('rewards.html#_advantages_of_group', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.advantages_of':
     ('rewards.html#advantages_of', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.balance_rewards':
@@ -362,6 +364,8 @@ d = {
     ('rewards.html#first_of_each', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.group_mean':
     ('rewards.html#group_mean', 'bgrpo_nb/learn/rewards.py'),
+   'bgrpo_nb.learn.rewards.is_scored':
+    ('rewards.html#is_scored', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.leave_one_out':
     ('rewards.html#leave_one_out', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.minimum_risk':
@@ -402,6 +406,8 @@ d = {
     ('trainer.html#bgrpotrainer._roll_out', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.evaluate':
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._against_the_others':
+    ('trainer.html#_against_the_others', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._attention_dropout_off':
     ('trainer.html#_attention_dropout_off', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._balanced':

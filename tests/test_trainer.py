@@ -464,3 +464,45 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
 def test_what_cannot_work_is_one_clear_error(tmp_path, broken, says):
     with pytest.raises(ValueError, match=says):
         BGRPOTrainer(new_model("tiny", **SMALL), by_length([]), settings(tmp_path, **broken), prompts(), processing_class=load_tokenizer("single")).train()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "right_only", "minimum_risk"])
+def test_a_completion_without_a_reward_has_advantage_0(saved, tmp_path, baseline):
+    "It is left out of its group's baseline, and the advantages that are logged are those of the loss"
+    seen, batches = [], []
+    score = by_length(seen)
+
+    def some(**columns): # in the four groups: one unscored, two, all but one, all
+        rewards = score(**columns)
+        for k in (1, 4, 7, 8, 9, 10, 12, 13, 14, 15): rewards[k] = None
+        return rewards
+
+    trainer = BGRPOTrainer(str(saved), some, settings(tmp_path, baseline=baseline, max_steps=1, share_prefixes=False),
+                           prompts())
+    inner = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda x: (batches.append(inner(x)), batches[-1])[1]
+    trainer.train()
+    found, rewards, scores = batches[0]["advantages"].tolist(), seen[0]["rewards"], seen[0]["scores"]
+    assert rewards.count(None) == 10 and all(found[k] == 0 for k, r in enumerate(rewards) if r is None)
+    for start in range(0, 16, 4):
+        scored = [k for k in range(start, start + 4) if rewards[k] is not None]
+        if len(scored) < 2: continue
+        expected = advantages_of([rewards[k] for k in scored], len(scored), baseline, [scores[k] for k in scored])
+        assert [found[k] for k in scored] == pytest.approx(expected, abs=1e-4)
+    assert found[11] == (baseline == "right_only" and rewards[11] > 0)
+    assert list(trainer._logs["advantages"]) == pytest.approx(found)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["trie", "full rows"])
+def test_a_group_of_equal_rewards_keeps_its_kl_term(saved, tmp_path, share):
+    "As in TRL: all advantages are 0, and beta still pulls a policy that has moved towards the start"
+    def gradient(beta):
+        model = load_model(saved, device="cpu")
+        trainer = BGRPOTrainer(model, lambda completion_ids, **k: [0.5] * len(completion_ids),
+                               settings(tmp_path, beta=beta, max_steps=1, share_prefixes=share), prompts(),
+                               processing_class=load_tokenizer("single"))
+        with torch.no_grad():
+            for p in model.parameters(): p *= 1.05
+        trainer.train()
+        return next(row["grad_norm"] for row in trainer.state.log_history if "loss" in row)
+    assert gradient(0.0) == 0 and gradient(0.1) > 1e-3

@@ -402,6 +402,13 @@ def _balanced(rewards: Tensor, # (rows, functions)
         columns.append(sum(groups, []))
     return torch.tensor(columns, device=rewards.device).T
 
+def _against_the_others(advantages: Tensor, # (rows,), against the mean of the group
+                        scored: Tensor,     # (rows,)
+                        G: int) -> Tensor:
+    "Advantages against the mean of the other scored rows of the group"
+    n = scored.view(-1, G).sum(1).repeat_interleave(G)
+    return advantages * n / (n - 1).clamp(min=1)
+
 @patch
 def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, completion_ids_list) -> Tensor:
     "TRL's (rows of all processes, functions), with bonus and balance; logs what depends on whole groups"
@@ -414,20 +421,26 @@ def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, complet
     if args.distinct_bonus: rewards[:, 0] += args.distinct_bonus * torch.tensor(_bonus(groups), device=rewards.device)
     if args.balance_rewards: rewards = _balanced(rewards, G)
     if args.baseline in ("right_only", "minimum_risk"):
-        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1).tolist()
+        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        totals = totals.masked_fill(rewards.isnan().all(1), torch.nan).tolist()
         scores = gather_object([row.get("beam_score", 0.0) for row in inputs])
-        self._advantages = advantages_of(totals, G, args.baseline, scores)
+        self._advantages = rewards.new_tensor(advantages_of(totals, G, args.baseline, scores))
+    self._scored = ~rewards.isnan().all(1)
     return rewards
 
 @patch
 def _generate_and_score_completions(self: BGRPOTrainer, inputs) -> dict: # a batch, ready for the loss
     "TRL's, with the advantages that `baseline` names"
-    batch, G = super(BGRPOTrainer, self)._generate_and_score_completions(inputs), self._group_size()
-    advantages = batch["advantages"]                                     # against the mean of the group
-    if self.args.baseline == "leave_one_out": batch["advantages"] = advantages * G / (G - 1)
-    elif self.args.baseline != "mean":
-        n, index = len(advantages), self.accelerator.process_index
-        batch["advantages"] = advantages.new_tensor(self._advantages[n * index:][:n])
+    batch = super(BGRPOTrainer, self)._generate_and_score_completions(inputs)
+    if self.args.baseline == "mean": return batch
+    if self.args.baseline == "leave_one_out":
+        advantages = _against_the_others(self.accelerator.gather(batch["advantages"]), self._scored, self._group_size())
+    else: advantages = self._advantages
+    n, index = len(batch["advantages"]), self.accelerator.process_index
+    batch["advantages"] = advantages[n * index:][:n]
+    logged = self._logs["advantages"]                                    # TRL has logged its own already
+    for _ in range(min(len(logged), len(advantages))): logged.pop()
+    logged.extend(advantages.tolist())
     return batch
 
 # %% ../../nbs/09_trainer.ipynb #685cd6f8
