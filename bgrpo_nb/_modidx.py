@@ -396,14 +396,20 @@ d = {
     ('trainer.html#bgrpotrainer._group_size', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._hand_back_memory':
     ('trainer.html#bgrpotrainer._hand_back_memory', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._log_completion_extra':
+    ('trainer.html#bgrpotrainer._log_completion_extra', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._log_groups':
     ('trainer.html#bgrpotrainer._log_groups', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._log_metric':
+    ('trainer.html#bgrpotrainer._log_metric', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._prepare_inputs':
     ('trainer.html#bgrpotrainer._prepare_inputs', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._right_answers':
     ('trainer.html#bgrpotrainer._right_answers', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._roll_out':
     ('trainer.html#bgrpotrainer._roll_out', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._warn_once':
+    ('trainer.html#bgrpotrainer._warn_once', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.evaluate':
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._against_the_others':
@@ -418,12 +424,16 @@ d = {
     ('trainer.html#_check_reference', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_rows':
     ('trainer.html#_check_rows', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._comparable':
+    ('trainer.html#_comparable', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._faults':
     ('trainer.html#_faults', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._faults_of_groups':
     ('trainer.html#_faults_of_groups', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._faults_with_beams':
     ('trainer.html#_faults_with_beams', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._numbered':
+    ('trainer.html#_numbered', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._processes':
     ('trainer.html#_processes', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._rows_per_process':

@@ -506,3 +506,50 @@ def test_a_group_of_equal_rewards_keeps_its_kl_term(saved, tmp_path, share):
         trainer.train()
         return next(row["grad_norm"] for row in trainer.state.log_history if "loss" in row)
     assert gradient(0.0) == 0 and gradient(0.1) > 1e-3
+
+
+def verdicts_of_each(reward, reason, key):
+    "A reward function that logs what it is given for each completion"
+    def pay(completion_ids, log_extra, **columns):
+        log_extra("reason", [reason(k) for k in range(len(completion_ids))])
+        log_extra("answer_key", [key(k) for k in range(len(completion_ids))])
+        return [reward] * len(completion_ids)
+    return pay
+
+
+def test_of_columns_with_one_name_the_first_functions_count(saved, tmp_path):
+    "The bonus and the shares of groups go by it; metrics of functions with one name keep apart"
+    first = verdicts_of_each(0.0, lambda k: "ok" if k % 4 < 2 else "wrong", lambda k: ["the same"])
+    second = verdicts_of_each(0.0, lambda k: "ok", lambda k: str(k))
+    trainer = BGRPOTrainer(str(saved), [first, second], settings(tmp_path, distinct_bonus=0.5, max_steps=1,
+                           log_completions=True), prompts())
+    trainer.train()
+    row = next(row for row in trainer.state.log_history if "loss" in row)
+    assert (row["groups/none_valid"], row["groups/all_valid"], row["groups/distinct_valid"]) == (0, 0, 1)
+    assert list(trainer._logs["extra"]["reason"]) == ["ok", "ok", "wrong", "wrong"] * 4
+    assert (row["rewards/pay/mean"], row["rewards/pay_2/mean"]) == (0.5 / 4, 0)
+
+
+def test_a_metric_never_stops_a_run(saved, tmp_path):
+    "Reasons for finished completions alone, columns of any kind, metrics that are no numbers: one warning each"
+    def pay(completion_ids, log_extra, log_metric, **columns):
+        log_extra("reason", ["ok"] * 3)
+        log_extra("other", None)
+        log_metric("share", None)
+        log_metric("half", torch.tensor(0.5))
+        return [1.0] + [0.0] * (len(completion_ids) - 1)
+    trainer = BGRPOTrainer(str(saved), pay, settings(tmp_path, distinct_bonus=0.5, log_completions=True), prompts())
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.train()
+    about = [str(w.message) for w in found if "left out" in str(w.message)]
+    assert len(about) == 3 and "log_extra('reason') got 3 values for 16 completions" in about[0]
+    row = next(row for row in trainer.state.log_history if "loss" in row)
+    assert row["half"] == 0.5 and "share" not in row and row["groups/none_valid"] == 0.75
+    assert set(trainer._logs["extra"]) == {"beam_rank"}
+
+
+def test_a_wrong_number_of_answer_keys_is_a_warning(saved, tmp_path):
+    pay = VerifiedReward(lambda prompts, ids: [True] * len(ids), lambda ids: ["one key"])
+    with pytest.warns(UserWarning, match="answer_keys gave 1 keys for 16 right completions"):
+        BGRPOTrainer(str(saved), pay, settings(tmp_path, max_steps=1, distinct_bonus=0.5), prompts()).train()

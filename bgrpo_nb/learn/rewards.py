@@ -55,6 +55,7 @@ __all__ = ['REWARDS', 'BASELINES', 'check_choice', 'rewards_of', 'group_mean', '
 
 # %% ../../nbs/05_rewards.ipynb #e6439ab5
 import math
+import warnings
 from typing import Callable, Sequence
 
 # %% ../../nbs/05_rewards.ipynb #9b1db2db
@@ -199,5 +200,9 @@ class VerifiedReward:
         log_extra("reason", [getattr(v, "reason", "ok" if v else "wrong") for v in verdicts])
         if self.answer_keys is None: return
         right = [ids for ids, v in zip(completion_ids, verdicts) if v]
-        keys = iter(self.answer_keys(right) if right else [])
+        keys = list(self.answer_keys(right)) if right else []
+        if len(keys) != len(right):
+            return warnings.warn(f"answer_keys gave {len(keys)} keys for {len(right)} right completions, so answers "
+                                 "are compared by their ids; return one key for each")
+        keys = iter(keys)
         log_extra("answer_key", [next(keys) if v else "" for v in verdicts])

@@ -248,12 +248,13 @@ class BGRPOTrainer(ResumableGRPOTrainer):
             model = load_model(model, device="cpu")
         _check_reference(model, args.beta, kwargs.get("peft_config"))
         reward_funcs = _with_reward_setting(reward_funcs, args.reward)
-        self.evaluator, self._warned = evaluator, False
+        self.evaluator, self._warned, self._warned_of = evaluator, False, set()
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
                              rollout_func=self._roll_out, **kwargs)
+        self.reward_func_names = _numbered(self.reward_func_names)
         for policy in filter(None, (model, self.ref_model)):
             positions_from_mask(self.accelerator.unwrap_model(policy))
             _attention_dropout_off(policy)
@@ -279,6 +280,11 @@ def _with_reward_setting(reward_funcs, reward: str):
     for k, f in enumerate(found):
         if f in verified and f.reward is None: found[k] = VerifiedReward(f.verify, f.answer_keys, reward)
     return found if several else found[0]
+
+def _numbered(names: list[str]) -> list[str]:
+    "Names that differ: a repeated one gets the number of its repetition"
+    return [name if names[:k].count(name) == 0 else f"{name}_{names[:k].count(name) + 1}"
+            for k, name in enumerate(names)]
 
 def _attention_dropout_off(model):
     for part in model.modules():
@@ -371,13 +377,45 @@ def _right_answers(self: BGRPOTrainer, completion_ids, rewards) -> list[list]: #
     "The key of each answer, None where it is not right"
     logged, G = self._pending_extra_logs, self._group_size()
     own_keys = logged.get("answer_key") or [tuple(ids) for ids in completion_ids]
-    own_reasons = logged.get("reason")
-    if own_reasons:
-        keys = gather_object([key if reason == "ok" else None for key, reason in zip(own_keys, own_reasons)])
-    else:
-        totals = rewards.nansum(1).tolist()                               # of all processes already
-        keys = [key if total > 0 else None for key, total in zip(gather_object(own_keys), totals)]
+    own_reasons = logged.get("reason") or [None] * len(completion_ids)
+    rows = gather_object(list(zip(own_keys, own_reasons)))
+    totals = rewards.nansum(1).tolist()                                   # of all processes already
+    keys = []
+    for (key, reason), total in zip(rows, totals):
+        right = total > 0 if reason is None else reason == "ok"
+        keys.append(_comparable(key) if right else None)
     return [keys[i:i + G] for i in range(0, len(keys), G)]
+
+def _comparable(key):
+    "The key, or its text where Python cannot hash it, as with a list"
+    try: hash(key)
+    except TypeError: return repr(key)
+    return key
+
+@patch
+def _log_completion_extra(self: BGRPOTrainer, column: str, values):
+    "TRL's `log_extra`: a column of the table of completions, unless it does not fit the batch"
+    try: values = list(values)
+    except TypeError: values = []
+    if len(values) != self._num_rows:
+        return self._warn_once(("column", column), f"log_extra({column!r}) got {len(values)} values for "
+                               f"{self._num_rows} completions; log one for each, or the column is left out")
+    if column not in self._pending_extra_logs: self._pending_extra_logs[column] = values
+
+@patch
+def _log_metric(self: BGRPOTrainer, name: str, value):
+    "TRL's `log_metric`, unless the value is no number"
+    try: value = float(value)
+    except (TypeError, ValueError):
+        return self._warn_once(("metric", name), f"log_metric({name!r}) got {value!r}; log a number, or the metric "
+                               "is left out")
+    super(BGRPOTrainer, self)._log_metric(name, value)
+
+@patch
+def _warn_once(self: BGRPOTrainer, about: tuple, message: str):
+    "One warning for each column or metric"
+    if about not in self._warned_of: warnings.warn(message)
+    self._warned_of.add(about)
 
 @patch
 def _log_groups(self: BGRPOTrainer, groups):
@@ -413,6 +451,7 @@ def _against_the_others(advantages: Tensor, # (rows,), against the mean of the g
 def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, completion_ids_list) -> Tensor:
     "TRL's (rows of all processes, functions), with bonus and balance; logs what depends on whole groups"
     stock = super(BGRPOTrainer, self)._calculate_rewards
+    self._num_rows = len(prompts)
     rewards = stock(inputs, prompts, completions, completion_ids_list)
     args, G = self.args, self._group_size()
     groups = self._right_answers(completion_ids_list, rewards)
