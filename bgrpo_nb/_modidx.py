@@ -414,8 +414,6 @@ d = {
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._against_the_others':
     ('trainer.html#_against_the_others', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._attention_dropout_off':
-    ('trainer.html#_attention_dropout_off', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._balanced':
     ('trainer.html#_balanced', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._bonus':
@@ -426,16 +424,22 @@ d = {
     ('trainer.html#_check_rows', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._comparable':
     ('trainer.html#_comparable', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._dropout_off':
+    ('trainer.html#_dropout_off', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._faults':
     ('trainer.html#_faults', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._faults_of_groups':
     ('trainer.html#_faults_of_groups', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._faults_with_beams':
     ('trainer.html#_faults_with_beams', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._is_rate':
+    ('trainer.html#_is_rate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._numbered':
     ('trainer.html#_numbered', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._processes':
     ('trainer.html#_processes', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._rates_read_from_config':
+    ('trainer.html#_rates_read_from_config', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._rows_per_process':
     ('trainer.html#_rows_per_process', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._wants_bf16':

@@ -553,3 +553,35 @@ def test_a_wrong_number_of_answer_keys_is_a_warning(saved, tmp_path):
     pay = VerifiedReward(lambda prompts, ids: [True] * len(ids), lambda ids: ["one key"])
     with pytest.warns(UserWarning, match="answer_keys gave 1 keys for 16 right completions"):
         BGRPOTrainer(str(saved), pay, settings(tmp_path, max_steps=1, distinct_bonus=0.5), prompts()).train()
+
+
+DROPS = {
+    "OPT": dict(dropout=0.3, attention_dropout=0.3, layerdrop=0.3, ffn_dim=48, word_embed_proj_dim=32),
+    "XGLM": dict(dropout=0.3, attention_dropout=0.3, activation_dropout=0.3, layerdrop=0.3, d_model=32, num_layers=2,
+                 attention_heads=4, ffn_dim=48),
+    "BioGpt": dict(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, activation_dropout=0.3, layerdrop=0.3),
+    "SeedOss": dict(attention_dropout=0.3, residual_dropout=0.3, num_key_value_heads=2, head_dim=8),
+    "Falcon": dict(hidden_dropout=0.3, attention_dropout=0.3),
+    "GPT2": dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, n_positions=256),
+}
+
+
+@pytest.mark.parametrize("family", DROPS)
+def test_dropout_off_means_off(family, tmp_path):
+    "Two forwards in train mode are equal, whichever way a family drops values or layers"
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**dict(vocab_size=31, pad_token_id=0, eos_token_id=9,
+                      bos_token_id=None, max_position_embeddings=256, initializer_range=0.5) | SMALL | DROPS[family])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    ids = torch.randint(10, 31, (2, 12))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        def spread():
+            model.train()
+            first = model(input_ids=ids, attention_mask=mask).logits
+            return max((model(input_ids=ids, attention_mask=mask).logits - first).abs().max() for _ in range(3))
+        assert spread() > 0
+        trainer = BGRPOTrainer(model, by_length([]), settings(tmp_path, max_steps=1), prompts(),
+                               processing_class=load_tokenizer("single"))
+        assert spread() == 0
+    assert trainer.model is model

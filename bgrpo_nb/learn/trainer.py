@@ -74,11 +74,14 @@ forward."""
 __all__ = ['OBJECTIVES', 'BGRPOConfig', 'BGRPOTrainer', 'whole_model']
 
 # %% ../../nbs/09_trainer.ipynb #f827c979
+import inspect
 import os
+import re
 import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -257,7 +260,7 @@ class BGRPOTrainer(ResumableGRPOTrainer):
         self.reward_func_names = _numbered(self.reward_func_names)
         for policy in filter(None, (model, self.ref_model)):
             positions_from_mask(self.accelerator.unwrap_model(policy))
-            _attention_dropout_off(policy)
+            _dropout_off(policy)
 
 # %% ../../nbs/09_trainer.ipynb #026bde48
 def _check_reference(model, beta, peft_config):
@@ -286,9 +289,24 @@ def _numbered(names: list[str]) -> list[str]:
     return [name if names[:k].count(name) == 0 else f"{name}_{names[:k].count(name) + 1}"
             for k, name in enumerate(names)]
 
-def _attention_dropout_off(model):
+def _is_rate(value) -> bool: # a share that is dropped
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+def _dropout_off(model):
+    "No module drops anything in train mode: neither values nor layers"
     for part in model.modules():
-        if isinstance(getattr(part, "attention_dropout", None), float): part.attention_dropout = 0.0
+        if isinstance(part, torch.nn.modules.dropout._DropoutNd): part.p = 0.0
+        for name, value in list(vars(part).items()):
+            if "drop" in name and _is_rate(value): setattr(part, name, 0.0)
+        for name in _rates_read_from_config(type(part).forward):
+            if _is_rate(getattr(part.config, name, None)): setattr(part.config, name, 0.0)
+
+@cache
+def _rates_read_from_config(forward: Callable) -> list[str]:
+    "Names of the dropout rates that a module's forward takes from its config"
+    try: source = inspect.getsource(forward)
+    except (OSError, TypeError): return []                              # not written in Python
+    return re.findall(r"self\.config\.(\w*drop\w*)", source)
 
 # %% ../../nbs/09_trainer.ipynb #8e508532
 @contextmanager
