@@ -352,6 +352,8 @@ d = {
     ('rewards.html#verifiedreward.__name__', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.VerifiedReward._log':
     ('rewards.html#verifiedreward._log', 'bgrpo_nb/learn/rewards.py'),
+   'bgrpo_nb.learn.rewards._advantages_of_group':
+    ('rewards.html#_advantages_of_group', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.advantages_of':
     ('rewards.html#advantages_of', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.balance_rewards':
@@ -362,6 +364,8 @@ d = {
     ('rewards.html#first_of_each', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.group_mean':
     ('rewards.html#group_mean', 'bgrpo_nb/learn/rewards.py'),
+   'bgrpo_nb.learn.rewards.is_scored':
+    ('rewards.html#is_scored', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.leave_one_out':
     ('rewards.html#leave_one_out', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.minimum_risk':
@@ -392,18 +396,24 @@ d = {
     ('trainer.html#bgrpotrainer._group_size', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._hand_back_memory':
     ('trainer.html#bgrpotrainer._hand_back_memory', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._log_completion_extra':
+    ('trainer.html#bgrpotrainer._log_completion_extra', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._log_groups':
     ('trainer.html#bgrpotrainer._log_groups', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._log_metric':
+    ('trainer.html#bgrpotrainer._log_metric', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._prepare_inputs':
     ('trainer.html#bgrpotrainer._prepare_inputs', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._right_answers':
     ('trainer.html#bgrpotrainer._right_answers', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._roll_out':
     ('trainer.html#bgrpotrainer._roll_out', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._warn_once':
+    ('trainer.html#bgrpotrainer._warn_once', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.evaluate':
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._attention_dropout_off':
-    ('trainer.html#_attention_dropout_off', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._against_the_others':
+    ('trainer.html#_against_the_others', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._balanced':
     ('trainer.html#_balanced', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._bonus':
@@ -412,14 +422,24 @@ d = {
     ('trainer.html#_check_reference', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_rows':
     ('trainer.html#_check_rows', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._comparable':
+    ('trainer.html#_comparable', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._dropout_off':
+    ('trainer.html#_dropout_off', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._faults':
     ('trainer.html#_faults', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._faults_of_groups':
     ('trainer.html#_faults_of_groups', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._faults_with_beams':
     ('trainer.html#_faults_with_beams', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._is_rate':
+    ('trainer.html#_is_rate', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._numbered':
+    ('trainer.html#_numbered', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._processes':
     ('trainer.html#_processes', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._rates_read_from_config':
+    ('trainer.html#_rates_read_from_config', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._rows_per_process':
     ('trainer.html#_rows_per_process', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._wants_bf16':

@@ -464,3 +464,124 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
 def test_what_cannot_work_is_one_clear_error(tmp_path, broken, says):
     with pytest.raises(ValueError, match=says):
         BGRPOTrainer(new_model("tiny", **SMALL), by_length([]), settings(tmp_path, **broken), prompts(), processing_class=load_tokenizer("single")).train()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "right_only", "minimum_risk"])
+def test_a_completion_without_a_reward_has_advantage_0(saved, tmp_path, baseline):
+    "It is left out of its group's baseline, and the advantages that are logged are those of the loss"
+    seen, batches = [], []
+    score = by_length(seen)
+
+    def some(**columns): # in the four groups: one unscored, two, all but one, all
+        rewards = score(**columns)
+        for k in (1, 4, 7, 8, 9, 10, 12, 13, 14, 15): rewards[k] = None
+        return rewards
+
+    trainer = BGRPOTrainer(str(saved), some, settings(tmp_path, baseline=baseline, max_steps=1, share_prefixes=False),
+                           prompts())
+    inner = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda x: (batches.append(inner(x)), batches[-1])[1]
+    trainer.train()
+    found, rewards, scores = batches[0]["advantages"].tolist(), seen[0]["rewards"], seen[0]["scores"]
+    assert rewards.count(None) == 10 and all(found[k] == 0 for k, r in enumerate(rewards) if r is None)
+    for start in range(0, 16, 4):
+        scored = [k for k in range(start, start + 4) if rewards[k] is not None]
+        if len(scored) < 2: continue
+        expected = advantages_of([rewards[k] for k in scored], len(scored), baseline, [scores[k] for k in scored])
+        assert [found[k] for k in scored] == pytest.approx(expected, abs=1e-4)
+    assert found[11] == (baseline == "right_only" and rewards[11] > 0)
+    assert list(trainer._logs["advantages"]) == pytest.approx(found)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["trie", "full rows"])
+def test_a_group_of_equal_rewards_keeps_its_kl_term(saved, tmp_path, share):
+    "As in TRL: all advantages are 0, and beta still pulls a policy that has moved towards the start"
+    def gradient(beta):
+        model = load_model(saved, device="cpu")
+        trainer = BGRPOTrainer(model, lambda completion_ids, **k: [0.5] * len(completion_ids),
+                               settings(tmp_path, beta=beta, max_steps=1, share_prefixes=share), prompts(),
+                               processing_class=load_tokenizer("single"))
+        with torch.no_grad():
+            for p in model.parameters(): p *= 1.05
+        trainer.train()
+        return next(row["grad_norm"] for row in trainer.state.log_history if "loss" in row)
+    assert gradient(0.0) == 0 and gradient(0.1) > 1e-3
+
+
+def verdicts_of_each(reward, reason, key):
+    "A reward function that logs what it is given for each completion"
+    def pay(completion_ids, log_extra, **columns):
+        log_extra("reason", [reason(k) for k in range(len(completion_ids))])
+        log_extra("answer_key", [key(k) for k in range(len(completion_ids))])
+        return [reward] * len(completion_ids)
+    return pay
+
+
+def test_of_columns_with_one_name_the_first_functions_count(saved, tmp_path):
+    "The bonus and the shares of groups go by it; metrics of functions with one name keep apart"
+    first = verdicts_of_each(0.0, lambda k: "ok" if k % 4 < 2 else "wrong", lambda k: ["the same"])
+    second = verdicts_of_each(0.0, lambda k: "ok", lambda k: str(k))
+    trainer = BGRPOTrainer(str(saved), [first, second], settings(tmp_path, distinct_bonus=0.5, max_steps=1,
+                           log_completions=True), prompts())
+    trainer.train()
+    row = next(row for row in trainer.state.log_history if "loss" in row)
+    assert (row["groups/none_valid"], row["groups/all_valid"], row["groups/distinct_valid"]) == (0, 0, 1)
+    assert list(trainer._logs["extra"]["reason"]) == ["ok", "ok", "wrong", "wrong"] * 4
+    assert (row["rewards/pay/mean"], row["rewards/pay_2/mean"]) == (0.5 / 4, 0)
+
+
+def test_a_metric_never_stops_a_run(saved, tmp_path):
+    "Reasons for finished completions alone, columns of any kind, metrics that are no numbers: one warning each"
+    def pay(completion_ids, log_extra, log_metric, **columns):
+        log_extra("reason", ["ok"] * 3)
+        log_extra("other", None)
+        log_metric("share", None)
+        log_metric("half", torch.tensor(0.5))
+        return [1.0] + [0.0] * (len(completion_ids) - 1)
+    trainer = BGRPOTrainer(str(saved), pay, settings(tmp_path, distinct_bonus=0.5, log_completions=True), prompts())
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.train()
+    about = [str(w.message) for w in found if "left out" in str(w.message)]
+    assert len(about) == 3 and "log_extra('reason') got 3 values for 16 completions" in about[0]
+    row = next(row for row in trainer.state.log_history if "loss" in row)
+    assert row["half"] == 0.5 and "share" not in row and row["groups/none_valid"] == 0.75
+    assert set(trainer._logs["extra"]) == {"beam_rank"}
+
+
+def test_a_wrong_number_of_answer_keys_is_a_warning(saved, tmp_path):
+    pay = VerifiedReward(lambda prompts, ids: [True] * len(ids), lambda ids: ["one key"])
+    with pytest.warns(UserWarning, match="answer_keys gave 1 keys for 16 right completions"):
+        BGRPOTrainer(str(saved), pay, settings(tmp_path, max_steps=1, distinct_bonus=0.5), prompts()).train()
+
+
+DROPS = {
+    "OPT": dict(dropout=0.3, attention_dropout=0.3, layerdrop=0.3, ffn_dim=48, word_embed_proj_dim=32),
+    "XGLM": dict(dropout=0.3, attention_dropout=0.3, activation_dropout=0.3, layerdrop=0.3, d_model=32, num_layers=2,
+                 attention_heads=4, ffn_dim=48),
+    "BioGpt": dict(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3, activation_dropout=0.3, layerdrop=0.3),
+    "SeedOss": dict(attention_dropout=0.3, residual_dropout=0.3, num_key_value_heads=2, head_dim=8),
+    "Falcon": dict(hidden_dropout=0.3, attention_dropout=0.3),
+    "GPT2": dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, n_positions=256),
+}
+
+
+@pytest.mark.parametrize("family", DROPS)
+def test_dropout_off_means_off(family, tmp_path):
+    "Two forwards in train mode are equal, whichever way a family drops values or layers"
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**dict(vocab_size=31, pad_token_id=0, eos_token_id=9,
+                      bos_token_id=None, max_position_embeddings=256, initializer_range=0.5) | SMALL | DROPS[family])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    ids = torch.randint(10, 31, (2, 12))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        def spread():
+            model.train()
+            first = model(input_ids=ids, attention_mask=mask).logits
+            return max((model(input_ids=ids, attention_mask=mask).logits - first).abs().max() for _ in range(3))
+        assert spread() > 0
+        trainer = BGRPOTrainer(model, by_length([]), settings(tmp_path, max_steps=1), prompts(),
+                               processing_class=load_tokenizer("single"))
+        assert spread() == 0
+    assert trainer.model is model

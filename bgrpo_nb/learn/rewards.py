@@ -51,10 +51,11 @@ own."""
 
 # %% auto #0
 __all__ = ['REWARDS', 'BASELINES', 'check_choice', 'rewards_of', 'group_mean', 'leave_one_out', 'right_only',
-           'minimum_risk', 'advantages_of', 'balance_rewards', 'first_of_each', 'VerifiedReward']
+           'minimum_risk', 'is_scored', 'advantages_of', 'balance_rewards', 'first_of_each', 'VerifiedReward']
 
 # %% ../../nbs/05_rewards.ipynb #e6439ab5
 import math
+import warnings
 from typing import Callable, Sequence
 
 # %% ../../nbs/05_rewards.ipynb #9b1db2db
@@ -121,7 +122,21 @@ BASELINES: dict[str, Callable] = {
     "minimum_risk": minimum_risk,
 }
 
-def advantages_of(rewards: Sequence[float],              # of whole groups, one after the other
+def is_scored(reward: float | None) -> bool: # False for None and NaN
+    return reward is not None and not math.isnan(reward)
+
+def _advantages_of_group(rewards, scores, baseline):
+    "The baseline among the scored completions of one group; 0 for those that are not scored"
+    advantages = [0.0] * len(rewards)
+    scored = [k for k, reward in enumerate(rewards) if is_scored(reward)]
+    left_alone = len(scored) == 1 and len(rewards) > 1
+    if not scored or (left_alone and baseline == "leave_one_out"): return advantages
+    columns = [rewards] if scores is None else [rewards, scores]
+    found = BASELINES[baseline](*([column[k] for k in scored] for column in columns))
+    for k, advantage in zip(scored, found): advantages[k] = advantage
+    return advantages
+
+def advantages_of(rewards: Sequence[float | None],       # of whole groups; None or NaN: not scored
                   num_generations: int,                  # size of a group
                   baseline: str = "mean",                # a key of BASELINES
                   scores: Sequence[float] | None = None, # nats, of the completions; for minimum_risk
@@ -137,8 +152,8 @@ def advantages_of(rewards: Sequence[float],              # of whole groups, one 
     advantages = []
     for start in range(0, len(rewards), num_generations):
         group = slice(start, start + num_generations)
-        columns = [rewards[group], scores[group]] if needs_scores else [rewards[group]]
-        advantages += BASELINES[baseline](*columns)
+        own_scores = scores[group] if needs_scores else None
+        advantages += _advantages_of_group(rewards[group], own_scores, baseline)
     return advantages
 
 # %% ../../nbs/05_rewards.ipynb #89db7e49
@@ -185,5 +200,9 @@ class VerifiedReward:
         log_extra("reason", [getattr(v, "reason", "ok" if v else "wrong") for v in verdicts])
         if self.answer_keys is None: return
         right = [ids for ids, v in zip(completion_ids, verdicts) if v]
-        keys = iter(self.answer_keys(right) if right else [])
+        keys = list(self.answer_keys(right)) if right else []
+        if len(keys) != len(right):
+            return warnings.warn(f"answer_keys gave {len(keys)} keys for {len(right)} right completions, so answers "
+                                 "are compared by their ids; return one key for each")
+        keys = iter(keys)
         log_extra("answer_key", [next(keys) if v else "" for v in verdicts])

@@ -74,11 +74,14 @@ forward."""
 __all__ = ['OBJECTIVES', 'BGRPOConfig', 'BGRPOTrainer', 'whole_model']
 
 # %% ../../nbs/09_trainer.ipynb #f827c979
+import inspect
 import os
+import re
 import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -248,15 +251,16 @@ class BGRPOTrainer(ResumableGRPOTrainer):
             model = load_model(model, device="cpu")
         _check_reference(model, args.beta, kwargs.get("peft_config"))
         reward_funcs = _with_reward_setting(reward_funcs, args.reward)
-        self.evaluator, self._warned = evaluator, False
+        self.evaluator, self._warned, self._warned_of = evaluator, False, set()
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
                              rollout_func=self._roll_out, **kwargs)
+        self.reward_func_names = _numbered(self.reward_func_names)
         for policy in filter(None, (model, self.ref_model)):
             positions_from_mask(self.accelerator.unwrap_model(policy))
-            _attention_dropout_off(policy)
+            _dropout_off(policy)
 
 # %% ../../nbs/09_trainer.ipynb #026bde48
 def _check_reference(model, beta, peft_config):
@@ -280,9 +284,29 @@ def _with_reward_setting(reward_funcs, reward: str):
         if f in verified and f.reward is None: found[k] = VerifiedReward(f.verify, f.answer_keys, reward)
     return found if several else found[0]
 
-def _attention_dropout_off(model):
+def _numbered(names: list[str]) -> list[str]:
+    "Names that differ: a repeated one gets the number of its repetition"
+    return [name if names[:k].count(name) == 0 else f"{name}_{names[:k].count(name) + 1}"
+            for k, name in enumerate(names)]
+
+def _is_rate(value) -> bool: # a share that is dropped
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+
+def _dropout_off(model):
+    "No module drops anything in train mode: neither values nor layers"
     for part in model.modules():
-        if isinstance(getattr(part, "attention_dropout", None), float): part.attention_dropout = 0.0
+        if isinstance(part, torch.nn.modules.dropout._DropoutNd): part.p = 0.0
+        for name, value in list(vars(part).items()):
+            if "drop" in name and _is_rate(value): setattr(part, name, 0.0)
+        for name in _rates_read_from_config(type(part).forward):
+            if _is_rate(getattr(part.config, name, None)): setattr(part.config, name, 0.0)
+
+@cache
+def _rates_read_from_config(forward: Callable) -> list[str]:
+    "Names of the dropout rates that a module's forward takes from its config"
+    try: source = inspect.getsource(forward)
+    except (OSError, TypeError): return []                              # not written in Python
+    return re.findall(r"self\.config\.(\w*drop\w*)", source)
 
 # %% ../../nbs/09_trainer.ipynb #8e508532
 @contextmanager
@@ -371,13 +395,45 @@ def _right_answers(self: BGRPOTrainer, completion_ids, rewards) -> list[list]: #
     "The key of each answer, None where it is not right"
     logged, G = self._pending_extra_logs, self._group_size()
     own_keys = logged.get("answer_key") or [tuple(ids) for ids in completion_ids]
-    own_reasons = logged.get("reason")
-    if own_reasons:
-        keys = gather_object([key if reason == "ok" else None for key, reason in zip(own_keys, own_reasons)])
-    else:
-        totals = rewards.nansum(1).tolist()                               # of all processes already
-        keys = [key if total > 0 else None for key, total in zip(gather_object(own_keys), totals)]
+    own_reasons = logged.get("reason") or [None] * len(completion_ids)
+    rows = gather_object(list(zip(own_keys, own_reasons)))
+    totals = rewards.nansum(1).tolist()                                   # of all processes already
+    keys = []
+    for (key, reason), total in zip(rows, totals):
+        right = total > 0 if reason is None else reason == "ok"
+        keys.append(_comparable(key) if right else None)
     return [keys[i:i + G] for i in range(0, len(keys), G)]
+
+def _comparable(key):
+    "The key, or its text where Python cannot hash it, as with a list"
+    try: hash(key)
+    except TypeError: return repr(key)
+    return key
+
+@patch
+def _log_completion_extra(self: BGRPOTrainer, column: str, values):
+    "TRL's `log_extra`: a column of the table of completions, unless it does not fit the batch"
+    try: values = list(values)
+    except TypeError: values = []
+    if len(values) != self._num_rows:
+        return self._warn_once(("column", column), f"log_extra({column!r}) got {len(values)} values for "
+                               f"{self._num_rows} completions; log one for each, or the column is left out")
+    if column not in self._pending_extra_logs: self._pending_extra_logs[column] = values
+
+@patch
+def _log_metric(self: BGRPOTrainer, name: str, value):
+    "TRL's `log_metric`, unless the value is no number"
+    try: value = float(value)
+    except (TypeError, ValueError):
+        return self._warn_once(("metric", name), f"log_metric({name!r}) got {value!r}; log a number, or the metric "
+                               "is left out")
+    super(BGRPOTrainer, self)._log_metric(name, value)
+
+@patch
+def _warn_once(self: BGRPOTrainer, about: tuple, message: str):
+    "One warning for each column or metric"
+    if about not in self._warned_of: warnings.warn(message)
+    self._warned_of.add(about)
 
 @patch
 def _log_groups(self: BGRPOTrainer, groups):
@@ -402,10 +458,18 @@ def _balanced(rewards: Tensor, # (rows, functions)
         columns.append(sum(groups, []))
     return torch.tensor(columns, device=rewards.device).T
 
+def _against_the_others(advantages: Tensor, # (rows,), against the mean of the group
+                        scored: Tensor,     # (rows,)
+                        G: int) -> Tensor:
+    "Advantages against the mean of the other scored rows of the group"
+    n = scored.view(-1, G).sum(1).repeat_interleave(G)
+    return advantages * n / (n - 1).clamp(min=1)
+
 @patch
 def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, completion_ids_list) -> Tensor:
     "TRL's (rows of all processes, functions), with bonus and balance; logs what depends on whole groups"
     stock = super(BGRPOTrainer, self)._calculate_rewards
+    self._num_rows = len(prompts)
     rewards = stock(inputs, prompts, completions, completion_ids_list)
     args, G = self.args, self._group_size()
     groups = self._right_answers(completion_ids_list, rewards)
@@ -414,20 +478,26 @@ def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, complet
     if args.distinct_bonus: rewards[:, 0] += args.distinct_bonus * torch.tensor(_bonus(groups), device=rewards.device)
     if args.balance_rewards: rewards = _balanced(rewards, G)
     if args.baseline in ("right_only", "minimum_risk"):
-        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1).tolist()
+        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        totals = totals.masked_fill(rewards.isnan().all(1), torch.nan).tolist()
         scores = gather_object([row.get("beam_score", 0.0) for row in inputs])
-        self._advantages = advantages_of(totals, G, args.baseline, scores)
+        self._advantages = rewards.new_tensor(advantages_of(totals, G, args.baseline, scores))
+    self._scored = ~rewards.isnan().all(1)
     return rewards
 
 @patch
 def _generate_and_score_completions(self: BGRPOTrainer, inputs) -> dict: # a batch, ready for the loss
     "TRL's, with the advantages that `baseline` names"
-    batch, G = super(BGRPOTrainer, self)._generate_and_score_completions(inputs), self._group_size()
-    advantages = batch["advantages"]                                     # against the mean of the group
-    if self.args.baseline == "leave_one_out": batch["advantages"] = advantages * G / (G - 1)
-    elif self.args.baseline != "mean":
-        n, index = len(advantages), self.accelerator.process_index
-        batch["advantages"] = advantages.new_tensor(self._advantages[n * index:][:n])
+    batch = super(BGRPOTrainer, self)._generate_and_score_completions(inputs)
+    if self.args.baseline == "mean": return batch
+    if self.args.baseline == "leave_one_out":
+        advantages = _against_the_others(self.accelerator.gather(batch["advantages"]), self._scored, self._group_size())
+    else: advantages = self._advantages
+    n, index = len(batch["advantages"]), self.accelerator.process_index
+    batch["advantages"] = advantages[n * index:][:n]
+    logged = self._logs["advantages"]                                    # TRL has logged its own already
+    for _ in range(min(len(logged), len(advantages))): logged.pop()
+    logged.extend(advantages.tolist())
     return batch
 
 # %% ../../nbs/09_trainer.ipynb #685cd6f8
