@@ -818,6 +818,8 @@ d = {
     ('generation.html#_check_length', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_prompts':
     ('generation.html#_check_prompts', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._counts_rows':
+    ('generation.html#_counts_rows', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._draw':
     ('generation.html#_draw', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._ids':

@@ -571,6 +571,27 @@ def test_the_grammar_in_generate_and_in_beams():
         else: well_formed(words)
 
 
+@pytest.mark.parametrize("static", [None, False, True])
+def test_a_processor_that_counts_rows_gets_all_of_every_prompt(static):
+    "The second prompt may write other tokens than the first; prompts and beams end at different times"
+    model, words = family("llama"), [[2, 3, 4, 5, 1], [7, 8, 9, 10, 1]]
+    def allowed(b, text): return words[b]
+    how = dict(max_new_tokens=6, pad_token_id=0)
+    for wrap in (lambda x: x, lambda x: [x], lambda x: T.LogitsProcessorList([x])):
+        processor = wrap(T.PrefixConstrainedLogitsProcessor(allowed, 5))
+        found = beam_search(model, PROMPTS, MASK, num_beams=5, logits_processor=processor, static=static,
+                            eos_token_id=None, **how)
+        sequences, scores = by_generate(model, PROMPTS, MASK, 5, 6, prefix_allowed_tokens_fn=allowed)
+        assert torch.equal(found.sequences, sequences)
+        torch.testing.assert_close(found.scores, scores, atol=1e-4, rtol=0)
+        drawn = sample(model, PROMPTS, MASK, num_return_sequences=5, logits_processor=processor, static=static,
+                       eos_token_id=1, **how)
+        ended = beam_search(model, PROMPTS, MASK, num_beams=5, logits_processor=processor, static=static,
+                            eos_token_id=[1, 9], **how)
+        for beams in (drawn, ended):
+            for b in range(2): assert {i for tokens, _ in as_lists(beams, b) for i in tokens} <= set(words[b])
+
+
 def test_the_grammar_of_a_search_in_a_training_step():
     "Created and first used in inference mode, as in a search; then in a step with gradients"
     tokenizer = load_tokenizer("single")

@@ -67,7 +67,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 # %% ../../nbs/03_generation.ipynb #ded3d7f8
 from .beam_tree import BeamTree, tree_attention_on, why_no_tree, without_wrappers
@@ -296,6 +296,11 @@ def result(self:_Decoding) -> Beams:
     return Beams(written[:, :K, :C], scores[:, :K], lengths[:, :K])
 
 # %% ../../nbs/03_generation.ipynb #c42cb547
+def _counts_rows(processor) -> bool:
+    "It finds a row's prompt by the row's number, so it needs K rows of every prompt at every step"
+    parts = processor if isinstance(processor, list) else [processor]
+    return any(isinstance(part, PrefixConstrainedLogitsProcessor) for part in parts)
+
 def _tree(model, input_ids, attention_mask, K, C, static, processor=None) -> BeamTree:
     "Prompts with room for all nodes where shapes are static, and for a few steps elsewhere"
     if static == "capture" and not input_ids.is_cuda:
@@ -303,6 +308,7 @@ def _tree(model, input_ids, attention_mask, K, C, static, processor=None) -> Bea
     if static == "capture" and processor is not None:
         raise ValueError("static='capture' records one step for all: it takes no logits_processor")
     if static is None: static = input_ids.device.type != "cpu"
+    if _counts_rows(processor): static = True
     room = K * (C - 1) if static else K * min(C - 1, 8)
     return BeamTree(model, input_ids, attention_mask, room=room, static=bool(static))
 
@@ -399,7 +405,7 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
     if reason:
         return _by_generate(model, input_ids, attention_mask, reason, C, eos_token_id, pad_token_id, logits_processor,
                             temperature=temperature, do_sample=True, num_return_sequences=K)
-    tree = _tree(model, input_ids, attention_mask, K, C, static)
+    tree = _tree(model, input_ids, attention_mask, K, C, static, logits_processor)
     scores = torch.zeros(len(input_ids), K, device=input_ids.device)
     search = _Decoding(tree, scores, C, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
     def pick(): _draw(search, temperature, generator)
