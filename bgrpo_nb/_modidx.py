@@ -418,10 +418,14 @@ d = {
     ('trainer.html#_balanced', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._bonus':
     ('trainer.html#_bonus', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._check_arguments':
+    ('trainer.html#_check_arguments', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_reference':
     ('trainer.html#_check_reference', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_rows':
     ('trainer.html#_check_rows', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._choose_length':
+    ('trainer.html#_choose_length', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._comparable':
     ('trainer.html#_comparable', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._dropout_off':

@@ -17,6 +17,7 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import MistralConfig, MistralForCausalLM
+from trl import GRPOConfig
 
 from bgrpo_nb.study.analysis import read_runs
 from bgrpo_nb.cli import main
@@ -585,3 +586,42 @@ def test_dropout_off_means_off(family, tmp_path):
                                processing_class=load_tokenizer("single"))
         assert spread() == 0
     assert trainer.model is model
+
+
+@pytest.mark.parametrize("given,steps", [(dict(num_train_epochs=2), 4), (dict(num_train_epochs=0.5), 1),
+                                         (dict(num_train_epochs=2, max_steps=1), 1)])
+def test_epochs_without_max_steps_mean_epochs(saved, tmp_path, given, steps):
+    "8 prompts, 4 a step"
+    more = dict(max_steps=None) | given
+    trainer = BGRPOTrainer(str(saved), by_length([]), settings(tmp_path, **more), prompts())
+    trainer.train()
+    assert trainer.state.global_step == steps
+    default = BGRPOConfig(use_cpu=True)
+    assert (default.max_steps, default.num_train_epochs) == (100, transformers.TrainingArguments.num_train_epochs)
+
+
+def test_arguments_that_cannot_work_are_one_clear_error(saved, tmp_path):
+    "Found before a model is loaded"
+    def refused(says, dataset=None, args=None, error=ValueError, **more):
+        with pytest.raises(error, match=says):
+            args = args or settings(tmp_path)
+            BGRPOTrainer("no such model", by_length([]), args, prompts() if dataset is None else dataset, **more)
+    refused("3 prompts are fewer than the 4 of one step; lower prompts_per_step", prompts().select(range(3)))
+    named = prompts().add_column("beam_score", [0.0] * 8)
+    refused("a column 'beam_score'", named)
+    refused("a column 'beam_score'", eval_dataset={"one": prompts(), "two": named})
+    refused("args is a GRPOConfig", args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False),
+            error=TypeError)
+    refused("max_completion_length=None gives a search no end", args=settings(tmp_path, max_completion_length=None))
+    with pytest.raises(ValueError, match="max_completion_length=0 leaves no room"):
+        BGRPOConfig(use_cpu=True, max_completion_length=0)
+
+
+def test_the_bonus_goes_to_a_function_that_has_paid(saved, tmp_path):
+    "A right answer whose first function gave None keeps its bonus; one without any reward stays unscored"
+    ok = verdicts_of_each(None, lambda k: "ok", str)
+    trainer = BGRPOTrainer(str(saved), [ok, lambda completion_ids, **k: [1.0] * 8 + [None] * 8],
+                           settings(tmp_path, distinct_bonus=0.5), prompts())
+    trainer.model.train()
+    rewards = trainer._calculate_rewards([{}] * 16, ["a"] * 16, [""] * 16, [[k] for k in range(16)])
+    assert rewards[:8, 1].tolist() == [1.5] * 8 and rewards[:, 0].isnan().all() and rewards[8:].isnan().all()

@@ -128,7 +128,7 @@ class BGRPOConfig(GRPOConfig):
         "mean", "how a reward becomes an advantage: mean (of the group), leave_one_out, right_only or minimum_risk")
     distinct_bonus: float = setting(
         0.0, "added to the reward of the best-ranked of equivalent right answers in a group")
-    objective: str = setting("paper", "paper, or original: the values that the original scripts used")
+    objective: str = setting("paper", "paper (mean baseline) or original (the original scripts' settings)")
     share_prefixes: bool = setting(True, "gradients over the group's trie; off: every row in full, as TRL does")
     trie_elements: int = setting(2**26, "most elements of mask and logits in one forward over tries")
     prompts_per_step: int = setting(48, "prompts in a generation batch, over all processes")
@@ -138,7 +138,8 @@ class BGRPOConfig(GRPOConfig):
         None, "rows of a micro-batch on a process; left out: from prompts_per_step")
     per_device_eval_batch_size: int | None = setting(
         None, "rows of TRL's own evaluation, which an evaluator replaces")
-    max_steps: int = setting(100, "optimizer steps")
+    max_steps: int | None = setting(None, "optimizer steps; left out: 100, or as many as num_train_epochs makes")
+    num_train_epochs: float | None = setting(None, "passes over the prompts; of effect if max_steps is left out")
     learning_rate: float = setting(5e-5, "peak learning rate")
     warmup_steps: float = setting(8, "steps until the peak is reached")
     lr_scheduler_type: str = setting("constant_with_warmup", "shape of the learning rate after the warm-up")
@@ -156,14 +157,15 @@ class BGRPOConfig(GRPOConfig):
         None, "TRL's correction of the KL term; left out: the objective's")
     logging_steps: float = setting(1, "steps between log lines")
     save_total_limit: int | None = setting(2, "checkpoints kept")
-    report_to: str = setting("none", "where metrics go besides the run folder: none, wandb, ...")
-    dataloader_pin_memory: bool = setting(False, "pin batches in memory; useful with a GPU only")
+    report_to: str = setting("none", "where metrics go beside the run folder: none, wandb, ...")
+    dataloader_pin_memory: bool = setting(False, "pin batches in memory; of use with a GPU only")
 
     def __post_init__(self):
         check_choice("objective", self.objective, OBJECTIVES)
         for name, value in OBJECTIVES[self.objective].items():
             if getattr(self, name) is None: setattr(self, name, value)
         for message in _faults(self): raise ValueError(message)
+        _choose_length(self)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None: self.bf16 = _wants_bf16(self)
         if self.per_device_train_batch_size is None: self.per_device_train_batch_size = _rows_per_process(self)
@@ -194,6 +196,9 @@ def _faults_of_groups(c):
     if c.prompts_per_step < 1:
         yield f"prompts_per_step={c.prompts_per_step} leaves nothing to learn from; use 1 or more"
 
+    if c.max_completion_length is not None and c.max_completion_length < 1:
+        yield f"max_completion_length={c.max_completion_length} leaves no room for an answer; use 1 or more tokens"
+
 def _faults_with_beams(c):
     if c.use_vllm:
         yield "use_vllm=True cannot search with beams; leave it out, the search here reads each prompt once"
@@ -208,6 +213,12 @@ def _faults_with_beams(c):
                "they earn the wrong answer's reward")
 
 # %% ../../nbs/09_trainer.ipynb #f6309b7c
+def _choose_length(c: BGRPOConfig):
+    "Steps, or -1 where the number of epochs decides, as TRL has it"
+    in_epochs = c.num_train_epochs is not None
+    if c.max_steps is None: c.max_steps = -1 if in_epochs else 100
+    if not in_epochs: c.num_train_epochs = GRPOConfig.num_train_epochs
+
 def _processes(): return int(os.environ.get("WORLD_SIZE", 1))
 
 def _rows_per_process(c: BGRPOConfig) -> int: # rows of a micro-batch
@@ -246,6 +257,7 @@ class BGRPOTrainer(ResumableGRPOTrainer):
                  evaluator: Callable | None = None, # (model, tokenizer) -> metrics; replaces TRL's evaluation by reward
                  **kwargs):                        # of GRPOTrainer
         args = BGRPOConfig() if args is None else args
+        _check_arguments(args, train_dataset, eval_dataset)
         if isinstance(model, (str, Path)):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model, device="cpu")
@@ -263,6 +275,22 @@ class BGRPOTrainer(ResumableGRPOTrainer):
             _dropout_off(policy)
 
 # %% ../../nbs/09_trainer.ipynb #026bde48
+def _check_arguments(args, train_dataset, eval_dataset):
+    if not isinstance(args, BGRPOConfig):
+        raise TypeError(f"args is a {type(args).__name__}, which lacks the settings of BGRPO; give its settings to "
+                        "BGRPOConfig, which takes all of TRL's")
+    if args.max_completion_length is None:
+        raise ValueError("max_completion_length=None gives a search no end; give a number of tokens")
+    several = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for dataset in (train_dataset, *several):
+        for taken in {"beam_rank", "beam_score"}.intersection(getattr(dataset, "column_names", None) or []):
+            raise ValueError(f"a dataset has a column {taken!r}, a name under which reward functions get what the "
+                             "search found; rename the column")
+    needed = args.generation_batch_size // args.num_generations
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < needed:
+        raise ValueError(f"{len(train_dataset)} prompts are fewer than the {needed} of one step; lower "
+                         "prompts_per_step, or give more prompts")
+
 def _check_reference(model, beta, peft_config):
     if beta and not (model.config._name_or_path or peft_config):
         raise ValueError(f"beta={beta} needs a reference policy, which is read again from where the model was loaded; "
@@ -299,7 +327,8 @@ def _dropout_off(model):
         for name, value in list(vars(part).items()):
             if "drop" in name and _is_rate(value): setattr(part, name, 0.0)
         for name in _rates_read_from_config(type(part).forward):
-            if _is_rate(getattr(part.config, name, None)): setattr(part.config, name, 0.0)
+            config = getattr(part, "config", None)
+            if _is_rate(getattr(config, name, None)): setattr(config, name, 0.0)
 
 @cache
 def _rates_read_from_config(forward: Callable) -> list[str]:
@@ -475,7 +504,10 @@ def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, complet
     groups = self._right_answers(completion_ids_list, rewards)
     self._log_groups(groups)
     if "beam_rank" in inputs[0]: self._log_completion_extra("beam_rank", [row["beam_rank"] for row in inputs])
-    if args.distinct_bonus: rewards[:, 0] += args.distinct_bonus * torch.tensor(_bonus(groups), device=rewards.device)
+    if args.distinct_bonus:
+        first_scored = (~rewards.isnan()).int().argmax(1)                 # the bonus goes to a function that has paid
+        bonus = args.distinct_bonus * torch.tensor(_bonus(groups), device=rewards.device)
+        rewards[torch.arange(len(rewards), device=rewards.device), first_scored] += bonus
     if args.balance_rewards: rewards = _balanced(rewards, G)
     if args.baseline in ("right_only", "minimum_risk"):
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
