@@ -128,7 +128,7 @@ class BGRPOConfig(GRPOConfig):
         "mean", "how a reward becomes an advantage: mean (of the group), leave_one_out, right_only or minimum_risk")
     distinct_bonus: float = setting(
         0.0, "added to the reward of the best-ranked of equivalent right answers in a group")
-    objective: str = setting("paper", "paper (mean baseline) or original (the original scripts' settings)")
+    objective: str = setting("paper", "paper, or original: the values that the original scripts used")
     share_prefixes: bool = setting(True, "gradients over the group's trie; off: every row in full, as TRL does")
     trie_elements: int = setting(2**26, "most elements of mask and logits in one forward over tries")
     prompts_per_step: int = setting(48, "prompts in a generation batch, over all processes")
