@@ -15,6 +15,7 @@ from bgrpo_nb.base.run_folder import read_metrics
 REPO = Path(__file__).parent.parent
 PAGE = json.loads((REPO / "nbs/tutorials/train_across_machines.ipynb").read_text(encoding="utf-8"))
 TEXT = "\n".join("".join(c["source"]) for c in PAGE["cells"] if c["cell_type"] == "markdown")
+TEXT = re.sub(r" \\\n +", " ", TEXT) # a command over two lines is one
 LINES = re.findall(r"^(?:accelerate launch|torchrun) .*hard_3_2.yaml$", TEXT, re.MULTILINE)
 SMALL = ("--problems p.txt --held_out 4 --prompts_per_step 3 --num_generations 4 --max_steps 2 --eval_steps 2 "
          "--num_beams 4 --wide_beams 6 --num_samples 2 --save_steps 2 --warmup_steps 0 --learning_rate 1e-3 "
