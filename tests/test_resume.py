@@ -172,6 +172,9 @@ def test_a_disk_too_small_is_found_before_training(policy, tmp_path, monkeypatch
     check_space(config, model)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need + 1, need - 1))
     with pytest.raises(OSError, match="3 checkpoints of .* lower --save_total_limit"): check_space(config, model)
+    epochs = BGRPOConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=3, save_steps=10, save_total_limit=2)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - weights, weights))
+    with pytest.raises(OSError, match="2 checkpoints of"): check_space(epochs, model)
 
 
 FULL = """

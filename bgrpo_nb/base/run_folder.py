@@ -158,6 +158,7 @@ def _bytes_of(parameters): return sum(p.numel() * p.element_size() for p in para
 def _most_checkpoints(args):
     "How many further checkpoints a run with these TrainingArguments will hold at one time"
     if args.save_strategy == "no": saves = 0
+    elif args.max_steps < 1: saves = args.save_total_limit or 1   # epochs: how many steps they have is not known yet
     else:
         every = args.save_steps if args.save_steps >= 1 else args.save_steps * args.max_steps   # below 1: a share
         saves = int(args.max_steps // max(every, 1)) + 1
