@@ -82,8 +82,8 @@ Folders and modules, from the ground up:
 - `study.run_table`: Every run a row: what was tried, how it ended, what it reached, and what is missing.
 - `study.sweeps`: One sweep file in the format of Weights & Biases: what it means, what is wrong with it, and its
   plan.
-- `study.trials`: Workers carry out a plan: each point is claimed by one worker, run as a process, judged, and run
-  again where its worker died.
+- `study.trials`: Workers carry out a plan: each claims a point, runs it, judges it; a point whose worker died runs
+  again.
 
 `bgrpo_nb.show`: Explorers: a search, a training step, a run or a sweep, with controls to move.
 - `show.beams`: What a beam search keeps and drops, token by token, and what the same number of samples finds.

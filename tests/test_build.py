@@ -247,3 +247,13 @@ def test_imports_get_a_cell_of_their_own(source, parts):
     found = sync.part_imports(nbformat.v4.new_code_cell(source))
     assert [cell.source for cell in found] == parts
     assert all(len(sync.part_imports(cell)) == 1 for cell in found)
+
+
+@pytest.mark.parametrize("path", lint.notebooks(), ids=lambda path: path.stem)
+def test_title_and_lead_have_a_line_each(path):
+    "nbdev reads one line of a lead; the site would lose the rest"
+    cells = nbformat.read(path, as_version=4).cells
+    opening = next((c.source for c in cells if c.cell_type == "markdown" and c.source.startswith("# ")), None)
+    if opening is None or "_explorers" in path.parts: return
+    title, lead = [line for line in opening.splitlines() if line.strip()]
+    assert title.startswith("# ") and lead.startswith("> ")

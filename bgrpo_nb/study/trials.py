@@ -1,5 +1,4 @@
-"""Workers carry out a plan: each point is claimed by one worker, run as a process, judged, and run again where its
-worker died.
+"""Workers carry out a plan: each claims a point, runs it, judges it; a point whose worker died runs again.
 
 ## By hand: a queue of two
 
