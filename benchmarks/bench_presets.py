@@ -32,7 +32,8 @@ def one_case(preset, K, P, prompts, steps):
 
     from bgrpo_nb.policy.model import load_tokenizer, new_model
     from bgrpo_nb.recipes.callbacks import show_progress
-    from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
+    from bgrpo_nb.learn.config import BGRPOConfig
+    from bgrpo_nb.learn.trainer import BGRPOTrainer
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     marks = []
 

@@ -92,7 +92,8 @@ def one_step(kind, prompts, beta, folder):
     from bgrpo_nb.policy.model import load_model, load_tokenizer
     from bgrpo_nb.solve.decomposition_reward import decomposition_reward
     from bgrpo_nb.recipes.callbacks import show_progress
-    from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
+    from bgrpo_nb.learn.config import BGRPOConfig
+    from bgrpo_nb.learn.trainer import BGRPOTrainer
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     tokenizer, model = load_tokenizer(folder), load_model(folder, device="cpu")
     model.generation_config.eos_token_id = None

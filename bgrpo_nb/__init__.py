@@ -33,6 +33,8 @@ Folders and modules, from the ground up:
 - `policy.model`: Four vocabularies, three sizes: ordinary Hugging Face objects.
 
 `bgrpo_nb.learn`: Groups, advantages, the trie and the trainer, for any task.
+- `learn.config`: `BGRPOConfig`: TRL's `GRPOConfig` with the settings of beams; each is obeyed, or refused in one
+  line.
 - `learn.exact_resume`: A GRPO training that was interrupted continues exactly: the same prompts, the same
   completions, the same loss.
 - `learn.rewards`: What a right answer is worth at each beam rank, and how the rewards of a group become
@@ -105,7 +107,8 @@ _PUBLIC = { # module -> names that can be imported from here; a module is loaded
     "policy.model": "PRESETS load_model load_tokenizer save_model",
     "learn.rewards": "VerifiedReward",
     "learn.trl_batching": "roll_out trie_logps",
-    "learn.trainer": "BGRPOConfig BGRPOTrainer",
+    "learn.config": "BGRPOConfig",
+    "learn.trainer": "BGRPOTrainer",
     "solve.beam_filter": "filter_by_beams search_problems",
     "solve.decomposition": "Decomposition decompose",
     "solve.decomposition_reward": "decomposition_reward",

@@ -319,6 +319,28 @@ d = {
    'bgrpo_nb.cli.unknown_flag':
     ('cli.html#unknown_flag', 'bgrpo_nb/cli.py'),
   },
+  'bgrpo_nb.learn.config': {
+   'bgrpo_nb.learn.config.BGRPOConfig':
+    ('config.html#bgrpoconfig', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config.BGRPOConfig.__post_init__':
+    ('config.html#bgrpoconfig.__post_init__', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._check_rows':
+    ('config.html#_check_rows', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._choose_length':
+    ('config.html#_choose_length', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults':
+    ('config.html#_faults', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_groups':
+    ('config.html#_faults_of_groups', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_with_beams':
+    ('config.html#_faults_with_beams', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._processes':
+    ('config.html#_processes', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._rows_per_process':
+    ('config.html#_rows_per_process', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._wants_bf16':
+    ('config.html#_wants_bf16', 'bgrpo_nb/learn/config.py'),
+  },
   'bgrpo_nb.learn.exact_resume': {
    'bgrpo_nb.learn.exact_resume.EpochSampler':
     ('exact_resume.html#epochsampler', 'bgrpo_nb/learn/exact_resume.py'),
@@ -376,10 +398,6 @@ d = {
     ('rewards.html#right_only', 'bgrpo_nb/learn/rewards.py'),
   },
   'bgrpo_nb.learn.trainer': {
-   'bgrpo_nb.learn.trainer.BGRPOConfig':
-    ('trainer.html#bgrpoconfig', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOConfig.__post_init__':
-    ('trainer.html#bgrpoconfig.__post_init__', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer':
     ('trainer.html#bgrpotrainer', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.__init__':
@@ -422,32 +440,16 @@ d = {
     ('trainer.html#_check_arguments', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_reference':
     ('trainer.html#_check_reference', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._check_rows':
-    ('trainer.html#_check_rows', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._choose_length':
-    ('trainer.html#_choose_length', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._comparable':
     ('trainer.html#_comparable', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._dropout_off':
     ('trainer.html#_dropout_off', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._faults':
-    ('trainer.html#_faults', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._faults_of_groups':
-    ('trainer.html#_faults_of_groups', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._faults_with_beams':
-    ('trainer.html#_faults_with_beams', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._is_rate':
     ('trainer.html#_is_rate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._numbered':
     ('trainer.html#_numbered', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._processes':
-    ('trainer.html#_processes', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._rates_read_from_config':
     ('trainer.html#_rates_read_from_config', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._rows_per_process':
-    ('trainer.html#_rows_per_process', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._wants_bf16':
-    ('trainer.html#_wants_bf16', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._with_reward_setting':
     ('trainer.html#_with_reward_setting', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.whole_model':

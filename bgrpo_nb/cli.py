@@ -105,7 +105,7 @@ def _documented_field(node) -> tuple[str, str, str] | None: # name, default, hel
 
 _FIELDS = { # command -> (its classes, where all other flags come from)
     "sft": (["recipes.sft.SupervisedConfig"], "Transformers' TrainingArguments"),
-    "train": (["recipes.train.TrainConfig", "learn.trainer.BGRPOConfig"], "TRL's GRPOConfig"),
+    "train": (["recipes.train.TrainConfig", "learn.config.BGRPOConfig"], "TRL's GRPOConfig"),
 }
 
 def fields_help(command: str) -> str:

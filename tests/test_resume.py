@@ -18,7 +18,8 @@ from bgrpo_nb.base import run_folder
 from bgrpo_nb.algebra.problems import generate_problems, write_problems
 from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
 from bgrpo_nb.base.run_folder import check_space, open_run, read_metrics, newest_checkpoint
-from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
+from bgrpo_nb.learn.config import BGRPOConfig
+from bgrpo_nb.learn.trainer import BGRPOTrainer
 
 BGRPO = str(Path(sys.executable).with_name("bgrpo"))
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)

@@ -28,7 +28,8 @@ from bgrpo_nb.base.processes import hand_back_memory
 from bgrpo_nb.learn.rewards import VerifiedReward, advantages_of
 from bgrpo_nb.solve.decomposition_reward import decomposition_reward
 from bgrpo_nb.base.run_folder import read_metrics
-from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
+from bgrpo_nb.learn.config import BGRPOConfig
+from bgrpo_nb.learn.trainer import BGRPOTrainer
 from bgrpo_nb.recipes.train import TrainConfig, _Validator, choose_problems, train_bgrpo
 
 TESTS = Path(__file__).parent

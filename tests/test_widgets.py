@@ -254,7 +254,8 @@ def test_the_group_explorers_step_is_the_trainers(tmp_path):
     from bgrpo_nb.solve.beam_filter import answer_tokens
     from bgrpo_nb.algebra.problems import Problem, generate_problems
     from bgrpo_nb.policy.model import load_model, load_tokenizer
-    from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
+    from bgrpo_nb.learn.config import BGRPOConfig
+    from bgrpo_nb.learn.trainer import BGRPOTrainer
     from bgrpo_nb.show.groups import search_group, step_on
     from bgrpo_nb.solve.decomposition_reward import decomposition_reward
 

@@ -9,7 +9,8 @@ from datasets import Dataset
 from bgrpo_nb.algebra.problems import generate_problems
 from bgrpo_nb.policy.model import load_model, load_tokenizer
 from bgrpo_nb.solve.decomposition_reward import decomposition_reward
-from bgrpo_nb.learn.trainer import BGRPOConfig, BGRPOTrainer
+from bgrpo_nb.learn.config import BGRPOConfig
+from bgrpo_nb.learn.trainer import BGRPOTrainer
 
 folder, policy, rows, more = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 torch.set_num_threads(1)

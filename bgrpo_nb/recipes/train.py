@@ -73,7 +73,8 @@ from bgrpo_nb.algebra.problems import (
 from ..base.files import write_json
 from ..base.run_folder import best_of, check_space, describe_lines, open_run, provenance, read_metrics
 from ..base.settings import setting
-from ..learn.trainer import BGRPOConfig, BGRPOTrainer
+from ..learn.config import BGRPOConfig
+from ..learn.trainer import BGRPOTrainer
 from ..policy.model import encode, load_model, load_tokenizer, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, show_progress
 from .wandb_logging import WandbPanels, start_wandb, stop_wandb
