@@ -28,11 +28,11 @@ COMMANDS = [shlex.split(line, comments=True) for language, code in FENCES if lan
 
 RUN_BLOCKS = """
 import ast, json, sys
-import bgrpo_nb, bgrpo_nb.learn.trainer as trainer
-class OneStep(trainer.BGRPOConfig):     # the same run, one small step long
+import bgrpo_nb, bgrpo_nb.learn.config as config
+class OneStep(config.BGRPOConfig):     # the same run, one small step long
     def __init__(self, **settings):
         super().__init__(**settings | dict(max_steps=1, prompts_per_step=6, use_cpu=True, disable_tqdm=True, save_strategy="no"))
-trainer.BGRPOConfig = OneStep
+config.BGRPOConfig = OneStep
 bgrpo_nb.BGRPOConfig = OneStep
 names, values = {}, []
 for block in json.load(sys.stdin):
