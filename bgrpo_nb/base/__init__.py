@@ -8,4 +8,5 @@
   (`open_run`, `checkpoints`, `newest_checkpoint`, `read_metrics`, `best_of`, `provenance`)
 - `processes`: child processes that end together with the process that started them (`start`, `end`, `follow`)
 - `plotting`: the style of all figures (`use_style`)
+- `extras`: packages that only some uses need (`need`)
 """

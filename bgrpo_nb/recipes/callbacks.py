@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
+from bgrpo_nb.base.plotting import can_draw
 from bgrpo_nb.base.run_folder import read_metrics
 
 
@@ -47,6 +48,7 @@ class PlotHistory(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
         path = self.folder / "plots" / "history.png"
+        if not can_draw(): return
         try: self.draw(read_metrics(self.folder / "metrics.jsonl"), path)
         except OSError as e:     # no reason to end a training
             warnings.warn(f"{path} cannot be drawn ({e})")

@@ -7,6 +7,10 @@
 """
 from importlib import import_module
 
+from bgrpo_nb.base.extras import need
+
+need("widgets", "ipywidgets", "pandas")
+
 _EXPORTS = { # module -> names that can be imported from here; a module is loaded when one of its names is asked for
     "explorer": "Explorer Panel explain equivalence_explorer",
     "beams": "trace_beams trace_samples draw_tree group_table beam_explorer",

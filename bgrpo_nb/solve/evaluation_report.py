@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 from bgrpo_nb.base.files import write_json, write_text
+from bgrpo_nb.base.plotting import can_draw
 from bgrpo_nb.solve.evaluation_figures import WORDS, plot_degrees, plot_places, plot_reasons, plot_widths
 
 
@@ -144,7 +145,8 @@ def _unique(values): return list(dict.fromkeys(values))
 # The figures
 
 def draw(summary, folder) -> list[Path]: # the files that were drawn
-    "The figures, from the summary alone"
+    "The figures, from the summary alone; none where matplotlib is missing"
+    if not can_draw(): return []
     folder, reports = Path(folder), summary["reports"]
     files = _unique(report["file"] for report in reports)
     by_file = {file: [report for report in reports if report["file"] == file] for file in files}

@@ -7,3 +7,6 @@
 - `analysis`: `read_runs` and what a `RunTable` can be asked: pairs, differences, conclusions, importance, a report
 - `analysis_figures`, `analysis_report`: how that is drawn and written
 """
+from bgrpo_nb.base.extras import need
+
+need("study", "optuna", "pandas", "sklearn")
