@@ -3,6 +3,7 @@
 Folders and modules, from the ground up:
 
 `bgrpo_nb.base`: What every floor may use: files, processes, run folders, settings, the style of figures.
+- `base.extras`: Packages that only some uses need: asked for with the exact command where one is missing.
 - `base.files`: Files that are written whole or not at all, and files that are read while another process writes
   them.
 - `base.plotting`: One style for all figures of the package.

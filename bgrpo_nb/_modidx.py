@@ -6,6 +6,8 @@ d = {
   'bgrpo_nb.algebra.exact_decomposition': {
    'bgrpo_nb.algebra.exact_decomposition._candidate':
     ('exact_decomposition.html#_candidate', 'bgrpo_nb/algebra/exact_decomposition.py'),
+   'bgrpo_nb.algebra.exact_decomposition._may_decompose':
+    ('exact_decomposition.html#_may_decompose', 'bgrpo_nb/algebra/exact_decomposition.py'),
    'bgrpo_nb.algebra.exact_decomposition._root':
     ('exact_decomposition.html#_root', 'bgrpo_nb/algebra/exact_decomposition.py'),
    'bgrpo_nb.algebra.exact_decomposition.decompose_exact':

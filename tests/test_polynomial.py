@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import agrees, compose, draw, value
 
+from bgrpo_nb.algebra import exact_decomposition as exact
 from bgrpo_nb.algebra.exact_decomposition import decompose_exact
 from bgrpo_nb.algebra.notation import to_sympy, verify_with_sympy
 from bgrpo_nb.algebra.polynomial import (
@@ -124,6 +125,38 @@ def test_verify_agrees_with_sympy(kind):
         valid += found.valid
     low, high = VALID[kind]
     assert low <= valid <= high, f"{valid} of 400: these are no {kind} near-misses"
+
+
+def test_what_is_ruled_out_modulo_a_prime_has_no_decomposition(monkeypatch):
+    "The same with and without the shortcut, also where the prime divides the leading coefficient"
+    rng, polynomials = random.Random(7), []
+    for i in range(60):
+        f = compose(draw(rng, 3, 50), draw(rng, 2 + i % 3, 50))
+        if i % 3 == 1: f[rng.randrange(1, len(f) - 1)] += 1
+        if i % 3 == 2: f = [c * exact.PRIME for c in f]
+        polynomials.append(format_prefix(f))
+    fast = list(map(decompose_exact, polynomials))
+    ruled_out = sum(not exact._may_decompose(coefficients(f), 3) for f in polynomials)
+    monkeypatch.setattr(exact, "_may_decompose", lambda f, m: True)
+    assert fast == list(map(decompose_exact, polynomials))
+    assert 10 <= ruled_out <= 20 and sum(map(bool, fast)) >= 40
+
+
+def test_the_largest_polynomials_need_no_fraction_of_thousands_of_digits(monkeypatch):
+    "Degree 120 with 150 digits: the exact steps are not reached"
+    rng = random.Random(0)
+    f = format_prefix([rng.randrange(10**149, 10**150) for _ in range(121)])
+    monkeypatch.setattr(exact, "_candidate", lambda f, m: pytest.fail("an exact root was computed"))
+    assert decompose_exact(f) == []
+
+
+@pytest.mark.parametrize("problem", ["* P 0 a", "+ a * N 1 a", "P 0", "P 3", "+ ^ a P 2 * N 1 ^ a P 2",
+                                     "+ * P 0 a * P 0 b", "+ + a b + * N 1 a * N 1 b"])
+@pytest.mark.parametrize("answer", ["a", "^ a P 2", "P 1", "b & a", "^ b P 2 & ^ a P 2", "P 0 & ^ a P 2"])
+@pytest.mark.parametrize("allow_trivial", [False, True])
+def test_a_constant_has_no_decomposition(problem, answer, allow_trivial):
+    "Whatever text a constant is written in"
+    assert not verify(problem, answer, allow_trivial=allow_trivial)
 
 
 def test_decompose_exact_agrees_with_sympy():

@@ -517,7 +517,7 @@ def _verify_inner(problem: str, text: str, domain: str, allow_trivial: bool) -> 
             return Verdict(False, "not_a_decomposition")
         h = _read_polynomial(tokens, _symbols(f.variables))
     inner_degree = len(h) - 1 if isinstance(h, list) else _total_degree(h)
-    if inner_degree < 1 or f.degree % inner_degree: return Verdict(False, "degree_mismatch")
+    if not 1 <= inner_degree <= f.degree or f.degree % inner_degree: return Verdict(False, "degree_mismatch")
     if not allow_trivial and inner_degree in (1, f.degree): return Verdict(False, "trivial")
     if f.rational is None: return _verdict_on(_outer_of_many(f.exact, h), domain)
     return _verdict_on(base_digits(f.rational, fmpq_poly(h)), domain)
