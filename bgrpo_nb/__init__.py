@@ -98,36 +98,6 @@ Folders and modules, from the ground up:
 
 __version__ = "0.1.0"
 
-_PUBLIC = { # module -> names that can be imported from here; a module is loaded when one of its names is asked for
-    "algebra.polynomial": "PrefixError Verdict canonical_inner same_inner verify verify_batch",
-    "algebra.exact_decomposition": "decompose_exact",
-    "algebra.problems": "Problem filter_by_degree generate_multivariate generate_on_singlets generate_problems mix "
-                        "read_problems write_problems",
-    "search.generation": "Beams beam_search greedy sample",
-    "policy.checkpoints": "convert_checkpoint",
-    "policy.model": "PRESETS load_model load_tokenizer save_model",
-    "learn.rewards": "VerifiedReward",
-    "learn.trl_batching": "roll_out trie_logps",
-    "learn.config": "BGRPOConfig",
-    "learn.trainer": "BGRPOTrainer",
-    "solve.beam_filter": "filter_by_beams search_problems",
-    "solve.decomposition": "Decomposition decompose",
-    "solve.decomposition_reward": "decomposition_reward",
-    "solve.evaluation": "Report compare evaluate",
-    "recipes.train": "TrainConfig train_bgrpo",
-}
-_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+import lazy_loader
 
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name):
-    "A public name, imported when it is first asked for: `import bgrpo_nb` alone loads no torch"
-    if name not in _MODULE_OF: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__(): return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)    # of __init__.pyi

@@ -110,4 +110,4 @@ try: bgrpo_nb.no_such_name
 except AttributeError as e: print(e)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "module 'bgrpo_nb' has no attribute 'no_such_name'"
+    assert done.stdout.strip().splitlines()[-1] == "No bgrpo_nb attribute no_such_name"

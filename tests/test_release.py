@@ -126,3 +126,34 @@ def test_a_release_is_built_installed_and_tried(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     names = {path.suffix for path in (tmp_path / "dist").iterdir()}
     assert names == {".whl", ".gz", ".json", ".txt"}
+
+
+def mypy(*files):
+    done = subprocess.run([sys.executable, "-m", "mypy", *files], cwd=REPO, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_a_type_checker_accepts_right_use_of_the_public_names():
+    pytest.importorskip("mypy")
+    assert mypy("tests/typed_use.py").startswith("Success")
+
+
+@pytest.mark.parametrize("wrong", [
+    "verify('^ a P 4', 5)", "verify_batch('a', ['a'])[0].no_such_field", "write_problems([], 'problems.txt')",
+    "x: int = decompose_exact('a')", "no_such_name", "beam_search(None, None, num_beams='4')",
+])
+def test_and_finds_what_is_wrong(wrong, tmp_path):
+    pytest.importorskip("mypy")
+    path = tmp_path / "wrong.py"
+    names = "verify, verify_batch, write_problems, decompose_exact, beam_search"
+    path.write_text(f"from bgrpo_nb import {names if wrong != 'no_such_name' else wrong}\n{wrong}\n")
+    assert "Found" in mypy(path)
+
+
+@pytest.mark.parametrize("package", ["bgrpo_nb", "bgrpo_nb.show"])
+def test_a_stub_lists_each_name_that_it_imports(package):
+    from importlib import import_module
+    stub = ast.parse((REPO / package.replace(".", "/") / "__init__.pyi").read_text())
+    listed = next(ast.literal_eval(node.value) for node in stub.body if isinstance(node, ast.Assign))
+    assert sorted(listed) == sorted(import_module(package).__all__)
+    assert all(hasattr(import_module(package), name) for name in listed)

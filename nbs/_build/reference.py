@@ -141,8 +141,9 @@ def hidden_toctree(targets, caption=""): # staged paths, without suffix
 
 def public_names():
     "name -> module (dotted, without the package) of what can be imported from the package itself"
-    import bgrpo_nb
-    return bgrpo_nb._MODULE_OF
+    stub = ast.parse((house.REPO / "bgrpo_nb/__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: node.module for node in imports for alias in node.names}
 
 
 class ApiPage:
