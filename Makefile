@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test setup lab explorers docs export bench study
+.PHONY: demo test test-oldest setup lab explorers docs export bench study
 
 demo: $(READY)
 	@$(BIN)/bgrpo demo
@@ -15,6 +15,19 @@ test: $(READY)
 	@$(BIN)/python nbs/_build/sync.py --check
 	@$(BIN)/nbdev-test --n-workers 2 --timing
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The fast tests of algebra, search, policy, learn and solve under the lowest versions that settings.ini declares, in an
+# environment of their own; `make test-oldest LOWEST=constraints.txt PYTHON=python3.13` runs them under another Python
+LOWEST ?= $(OLDEST)/lowest.txt
+OLDEST := .venv-oldest
+CORE := polynomial data generation model trl_batching trainer resume rewards_and_filter evaluation
+test-oldest: export OMP_NUM_THREADS := 1
+test-oldest:
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@$(PYTHON) tests/lowest_versions.py > $(OLDEST)/lowest.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST) -e ".[study,plots,widgets,wandb]"
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-timeout pytest-xdist hypothesis
+	@$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py)
 
 setup: $(READY)
 
