@@ -466,6 +466,8 @@ d = {
     ('trl_batching.html#_ancestors', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._beside':
     ('trl_batching.html#_beside', 'bgrpo_nb/learn/trl_batching.py'),
+   'bgrpo_nb.learn.trl_batching._checkpoint_under_tree_attention':
+    ('trl_batching.html#_checkpoint_under_tree_attention', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._chunks':
     ('trl_batching.html#_chunks', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._elements':
@@ -486,6 +488,8 @@ d = {
     ('trl_batching.html#_predicted_at', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._size':
     ('trl_batching.html#_size', 'bgrpo_nb/learn/trl_batching.py'),
+   'bgrpo_nb.learn.trl_batching._tree_attention_kept':
+    ('trl_batching.html#_tree_attention_kept', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._widths':
     ('trl_batching.html#_widths', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching.build_trie':
