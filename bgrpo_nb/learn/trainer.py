@@ -75,7 +75,7 @@ from typing import Callable
 
 # %% ../../nbs/09_trainer.ipynb #9baf8d12
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from fastcore.basics import patch
 from torch import Tensor
@@ -109,6 +109,7 @@ class BGRPOTrainer(ResumableGRPOTrainer):
         if isinstance(model, (str, Path)):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model, device="cpu")
+        _check_turns(kwargs)
         _check_reference(model, args.beta, kwargs.get("peft_config"))
         reward_funcs = _with_reward_setting(reward_funcs, args.reward)
         self.evaluator, self._warned, self._warned_of = evaluator, False, set()
@@ -139,8 +140,21 @@ def _check_arguments(args, train_dataset, eval_dataset):
         raise ValueError(f"{len(train_dataset)} prompts are fewer than the {needed} of one step; lower "
                          "prompts_per_step, or give more prompts")
 
+def _check_turns(kwargs):
+    "A search writes one completion, not a conversation with tools"
+    for name in ("tools", "environment_factory"):
+        if kwargs.get(name):
+            raise ValueError(f"{name} makes completions of several turns, and beam_rank and beam_score cover one that "
+                             "is searched as a whole; leave it out, or use TRL's GRPOTrainer")
+
 def _check_reference(model, beta, peft_config):
-    if beta and not (model.config._name_or_path or peft_config):
+    "The KL term has a policy to compare with"
+    if not beta: return
+    if is_peft_model(model):
+        if "default" not in model.peft_config:
+            raise ValueError(f"beta={beta} needs a copy of the adapter 'default', but this model's is called "
+                             f"{', '.join(map(repr, model.peft_config))}; leave out adapter_name when you make it")
+    elif not (model.config._name_or_path or peft_config):
         raise ValueError(f"beta={beta} needs a reference policy, which is read again from where the model was loaded; "
                          "this one was built in memory. Save it with save_model and load it with load_model, or set "
                          "beta=0")
