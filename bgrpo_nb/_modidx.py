@@ -382,20 +382,18 @@ d = {
     ('finite.html#finitetrainer._everywhere', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite.FiniteTrainer._get_grad_norm':
     ('finite.html#finitetrainer._get_grad_norm', 'bgrpo_nb/learn/finite.py'),
-   'bgrpo_nb.learn.finite.FiniteTrainer._save_checkpoint':
-    ('finite.html#finitetrainer._save_checkpoint', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._maybe_log_save_evaluate':
+    ('finite.html#finitetrainer._maybe_log_save_evaluate', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite.FiniteTrainer._stop':
     ('finite.html#finitetrainer._stop', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite.FiniteTrainer._stop_before_step':
     ('finite.html#finitetrainer._stop_before_step', 'bgrpo_nb/learn/finite.py'),
-   'bgrpo_nb.learn.finite.FiniteTrainer.train':
-    ('finite.html#finitetrainer.train', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite.FiniteTrainer.training_step':
     ('finite.html#finitetrainer.training_step', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite.NotFinite':
     ('finite.html#notfinite', 'bgrpo_nb/learn/finite.py'),
-   'bgrpo_nb.learn.finite._is_finite':
-    ('finite.html#_is_finite', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite._largest':
+    ('finite.html#_largest', 'bgrpo_nb/learn/finite.py'),
   },
   'bgrpo_nb.learn.rewards': {
    'bgrpo_nb.learn.rewards.VerifiedReward':
