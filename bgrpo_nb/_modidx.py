@@ -570,6 +570,8 @@ d = {
   'bgrpo_nb.policy.model': {
    'bgrpo_nb.policy.model._bundled':
     ('model.html#_bundled', 'bgrpo_nb/policy/model.py'),
+   'bgrpo_nb.policy.model._check_base':
+    ('model.html#_check_base', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._find':
     ('model.html#_find', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._gpt2_config':

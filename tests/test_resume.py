@@ -141,6 +141,26 @@ def children(pid):
     return found + [c for p in found for c in children(p)]
 
 
+def test_the_best_adapters_come_back_at_the_end(policy, tmp_path):
+    "An evaluator that prefers the first checkpoint; what is saved as a policy can be loaded again"
+    from peft import LoraConfig
+    scores = iter([0.9, 0.1, 0.2])
+    config = BGRPOConfig(output_dir=str(tmp_path / "run"), num_generations=4, prompts_per_step=2, max_steps=3, max_completion_length=6, use_cpu=True, disable_tqdm=True, save_steps=1,
+                         eval_strategy="steps", eval_steps=1, learning_rate=1e-2, metric_for_best_model="score", load_best_model_at_end=True, beta=0.1)
+    def pay(completion_ids, **kwargs): return [len(set(ids)) / 8 for ids in completion_ids]
+    trainer = BGRPOTrainer(load_model(policy, device="cpu"), pay, config, Dataset.from_dict({"prompt": ["P 1 ⁇"] * 6}), processing_class=load_tokenizer("single"),
+                           evaluator=lambda *_: dict(score=next(scores)), peft_config=LoraConfig(**LORA, init_lora_weights=False))
+    trainer.train()
+    from safetensors.torch import load_file
+    best = load_file(tmp_path / "run/checkpoint-1/adapter_model.safetensors")
+    now = {name.replace(".default", ""): p for name, p in trainer.model.named_parameters() if "lora_" in name}
+    assert best.keys() == now.keys() and all(torch.equal(best[name], now[name]) for name in best)
+    save_model(trainer.model, load_tokenizer("single"), tmp_path / "policy")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad(): a, b = (m.eval()(input_ids=ids).logits for m in (trainer.model, load_model(tmp_path / "policy", device="cpu")))
+    torch.testing.assert_close(a, b)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds children in /proc")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_9_and_resume(policy, tmp_path, processes):
@@ -209,6 +229,14 @@ def test_a_disk_too_small_is_found_before_training(policy, tmp_path, monkeypatch
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need, need))
     check_space(config, model)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need + 1, need - 1))
+    with pytest.raises(OSError, match="3 checkpoints of .* lower --save_total_limit"): check_space(config, model)
+    from peft import LoraConfig, get_peft_model
+    adapted = get_peft_model(new_model("tiny", **SMALL), LoraConfig(**LORA))
+    adapters = 4 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 3 * 3 * adapters + adapters))
+    check_space(config, adapted)                                          # checkpoints hold adapters alone
+    config.sync_ref_model = True
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, need))
     with pytest.raises(OSError, match="3 checkpoints of .* lower --save_total_limit"): check_space(config, model)
     epochs = BGRPOConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=3, save_steps=10, save_total_limit=2)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - weights, weights))
