@@ -470,6 +470,8 @@ d = {
     ('trainer.html#_bonus', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_arguments':
     ('trainer.html#_check_arguments', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._check_checkpointing':
+    ('trainer.html#_check_checkpointing', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_reference':
     ('trainer.html#_check_reference', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_turns':

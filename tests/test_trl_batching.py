@@ -153,7 +153,9 @@ def test_trl_still_has_what_the_trainer_builds_on():
         _calculate_rewards="inputs prompts completions completion_ids_list",
         _generate_and_score_completions="inputs",
         _tokenize_prompts="prompts",
-        evaluate="eval_dataset ignore_keys metric_key_prefix")
+        evaluate="eval_dataset ignore_keys metric_key_prefix",
+        training_step="model inputs", _get_grad_norm="model grad_norm", _maybe_log_save_evaluate="tr_loss grad_norm model",
+        _save_rng_state="output_dir", _load_rng_state="checkpoint")
     for name, parameters in wanted.items():
         parameters = parameters.split()
         found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:]

@@ -110,6 +110,7 @@ class BGRPOTrainer(ResumableGRPOTrainer):
             processing_class = processing_class or load_tokenizer(model)
             model = load_model(model, device="cpu")
         _check_turns(kwargs)
+        _check_checkpointing(args)
         _check_reference(model, args.beta, kwargs.get("peft_config"))
         reward_funcs = _with_reward_setting(reward_funcs, args.reward)
         self.evaluator, self._warned, self._warned_of = evaluator, False, set()
@@ -146,6 +147,14 @@ def _check_turns(kwargs):
         if kwargs.get(name):
             raise ValueError(f"{name} makes completions of several turns, and beam_rank and beam_score cover one that "
                              "is searched as a whole; leave it out, or use TRL's GRPOTrainer")
+
+def _check_checkpointing(args):
+    "DDP takes one forward per backward from reentrant checkpointing; a trie may need several"
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant") and args.gradient_checkpointing
+    ddp = args.world_size > 1 and not args.fsdp and not args.deepspeed
+    if reentrant and ddp and args.share_prefixes:
+        raise ValueError("use_reentrant=True in gradient_checkpointing_kwargs cannot be combined with tries on several "
+                         "processes; leave it out, or set share_prefixes=False")
 
 def _check_reference(model, beta, peft_config):
     "The KL term has a policy to compare with"
