@@ -47,7 +47,8 @@ def one_case(preset, K, P, prompts, steps):
     model = new_model(preset, initializer_range=0.1)
     with tempfile.TemporaryDirectory() as folder:
         config = BGRPOConfig(output_dir=folder, num_generations=K, prompts_per_step=prompts, max_steps=1 + steps,
-                             max_completion_length=C, use_cpu=True, disable_tqdm=True, save_strategy="no")
+                             max_completion_length=C, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True,
+                             save_strategy="no")
         trainer = BGRPOTrainer(model, reward, config, dataset, processing_class=load_tokenizer("single"),
                                callbacks=[Marks()])
         show_progress(trainer)

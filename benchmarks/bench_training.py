@@ -100,7 +100,7 @@ def one_step(kind, prompts, beta, folder):
     steps = 2 if kind == "ours" else 1
     config = BGRPOConfig(output_dir=os.path.join(folder, kind), num_generations=K, per_device_train_batch_size=K,
                          gradient_accumulation_steps=prompts, max_steps=steps, max_completion_length=C, beta=beta,
-                         use_cpu=True, disable_tqdm=True, save_strategy="no", **FRUGAL)
+                         gradient_checkpointing=False, use_cpu=True, disable_tqdm=True, save_strategy="no", **FRUGAL)
     algebra = decomposition_reward(tokenizer)
 
     def reward(prompts, completion_ids, beam_rank, **kwargs):

@@ -38,6 +38,8 @@ Folders and modules, from the ground up:
   line.
 - `learn.exact_resume`: A GRPO training that was interrupted continues exactly: the same prompts, the same
   completions, the same loss.
+- `learn.finite`: A training stops at the first loss, gradient or weight that is not finite; the last good
+  checkpoint stays.
 - `learn.rewards`: What a right answer is worth at each beam rank, and how the rewards of a group become
   advantages.
 - `learn.trainer`: TRL's `GRPOTrainer` with the ranked beams of a search as its group: any model, any task with a

@@ -354,16 +354,48 @@ d = {
     ('exact_resume.html#resumablegrpotrainer', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer.__init__':
     ('exact_resume.html#resumablegrpotrainer.__init__', 'bgrpo_nb/learn/exact_resume.py'),
+   'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._batch_to_keep':
+    ('exact_resume.html#resumablegrpotrainer._batch_to_keep', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._get_train_sampler':
     ('exact_resume.html#resumablegrpotrainer._get_train_sampler', 'bgrpo_nb/learn/exact_resume.py'),
+   'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._load_reference':
+    ('exact_resume.html#resumablegrpotrainer._load_reference', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._load_rng_state':
     ('exact_resume.html#resumablegrpotrainer._load_rng_state', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._pending':
     ('exact_resume.html#resumablegrpotrainer._pending', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._save_checkpoint':
     ('exact_resume.html#resumablegrpotrainer._save_checkpoint', 'bgrpo_nb/learn/exact_resume.py'),
+   'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._save_reference':
+    ('exact_resume.html#resumablegrpotrainer._save_reference', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._save_rng_state':
     ('exact_resume.html#resumablegrpotrainer._save_rng_state', 'bgrpo_nb/learn/exact_resume.py'),
+  },
+  'bgrpo_nb.learn.finite': {
+   'bgrpo_nb.learn.finite.FiniteTrainer':
+    ('finite.html#finitetrainer', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer.__init__':
+    ('finite.html#finitetrainer.__init__', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._batch_to_keep':
+    ('finite.html#finitetrainer._batch_to_keep', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._check_weights':
+    ('finite.html#finitetrainer._check_weights', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._everywhere':
+    ('finite.html#finitetrainer._everywhere', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._get_grad_norm':
+    ('finite.html#finitetrainer._get_grad_norm', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._maybe_log_save_evaluate':
+    ('finite.html#finitetrainer._maybe_log_save_evaluate', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._stop':
+    ('finite.html#finitetrainer._stop', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._stop_before_step':
+    ('finite.html#finitetrainer._stop_before_step', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer.training_step':
+    ('finite.html#finitetrainer.training_step', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.NotFinite':
+    ('finite.html#notfinite', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite._largest':
+    ('finite.html#_largest', 'bgrpo_nb/learn/finite.py'),
   },
   'bgrpo_nb.learn.rewards': {
    'bgrpo_nb.learn.rewards.VerifiedReward':
@@ -440,8 +472,12 @@ d = {
     ('trainer.html#_bonus', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_arguments':
     ('trainer.html#_check_arguments', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._check_checkpointing':
+    ('trainer.html#_check_checkpointing', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_reference':
     ('trainer.html#_check_reference', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._check_turns':
+    ('trainer.html#_check_turns', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._comparable':
     ('trainer.html#_comparable', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._dropout_off':
@@ -468,6 +504,8 @@ d = {
     ('trl_batching.html#_ancestors', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._beside':
     ('trl_batching.html#_beside', 'bgrpo_nb/learn/trl_batching.py'),
+   'bgrpo_nb.learn.trl_batching._checkpoint_under_tree_attention':
+    ('trl_batching.html#_checkpoint_under_tree_attention', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._chunks':
     ('trl_batching.html#_chunks', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._elements':
@@ -488,6 +526,8 @@ d = {
     ('trl_batching.html#_predicted_at', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._size':
     ('trl_batching.html#_size', 'bgrpo_nb/learn/trl_batching.py'),
+   'bgrpo_nb.learn.trl_batching._tree_attention_kept':
+    ('trl_batching.html#_tree_attention_kept', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._widths':
     ('trl_batching.html#_widths', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching.build_trie':
@@ -534,6 +574,8 @@ d = {
   'bgrpo_nb.policy.model': {
    'bgrpo_nb.policy.model._bundled':
     ('model.html#_bundled', 'bgrpo_nb/policy/model.py'),
+   'bgrpo_nb.policy.model._check_base':
+    ('model.html#_check_base', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._find':
     ('model.html#_find', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._gpt2_config':

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from bgrpo_nb.base import run_folder
 from bgrpo_nb.algebra.problems import generate_problems, write_problems
-from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
+from bgrpo_nb.policy.model import load_model, load_tokenizer, new_model, save_model
 from bgrpo_nb.base.run_folder import check_space, open_run, read_metrics, newest_checkpoint
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
@@ -40,8 +40,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def train(policy, folder, resume=None, **more):
-    "Nine steps over six prompts: what each step saw and logged"
+def train(policy, folder, resume=None, peft_config=None, **more):
+    "Nine steps over six prompts: what each step saw and logged; `policy`: a folder, or what makes a model"
     seen = []
 
     def reward(prompts, completion_ids, beam_rank, **kwargs):
@@ -51,7 +51,8 @@ def train(policy, folder, resume=None, **more):
     config = BGRPOConfig(output_dir=str(folder), **dict(num_generations=4, prompts_per_step=2, max_steps=9, max_completion_length=6, use_cpu=True, disable_tqdm=True,
                                                         save_steps=1, save_total_limit=None, seed=1, warmup_steps=2, learning_rate=1e-3) | more)
     prompts = [p.prompt for p in generate_problems(6, 2, 2, seed=5)]
-    trainer = BGRPOTrainer(str(policy), reward, config, Dataset.from_dict({"prompt": prompts}))
+    model = policy() if callable(policy) else str(policy)
+    trainer = BGRPOTrainer(model, reward, config, Dataset.from_dict({"prompt": prompts}), processing_class=load_tokenizer("single"), peft_config=peft_config)
     trainer.train(resume_from_checkpoint=resume)
     logged = [{k: v for k, v in row.items() if not any(c in k for c in CLOCK)} for row in trainer.state.log_history]
     return seen, [row for row in logged if "loss" in row], torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -69,6 +70,42 @@ def test_every_checkpoint_leads_to_the_same_end(policy, tmp_path, more, generati
         again, rows, end = train(policy, tmp_path / "run", str(tmp_path / f"run/checkpoint-{step}"), **more, save_strategy="no")
         assert again == seen[generations_before(step):], f"other prompts or completions after step {step}"
         assert rows == logged and torch.equal(end, weights)        # Transformers keeps the rows before the checkpoint
+
+
+MOVING = dict(beta=0.1, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=0.5)
+LORA = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def a_trained_adapter(policy):
+    "In memory, as a PeftModel with weights of its own"
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(3)
+    return get_peft_model(load_model(policy, device="cpu"), LoraConfig(**LORA, init_lora_weights=False))
+
+
+@pytest.mark.parametrize("kind", ["a reference that moves", "LoRA", "LoRA trained before"])
+def test_reference_policies_and_adapters_continue_too(policy, tmp_path, kind):
+    more, start = dict(beta=0.1, gradient_checkpointing=True), policy
+    if kind == "a reference that moves": more = MOVING
+    if kind == "LoRA":
+        from peft import LoraConfig
+        more |= dict(peft_config=LoraConfig(**LORA))
+    if kind == "LoRA trained before":
+        def start(): return a_trained_adapter(policy)
+    seen, logged, weights = train(start, tmp_path / "run", **more)
+    assert logged[0]["kl"] == 0 and logged[-1]["kl"] > 1e-6
+    for step in (2, 5):
+        again, rows, end = train(start, tmp_path / "run", str(tmp_path / f"run/checkpoint-{step}"), **more, save_strategy="no")
+        assert again == seen[step:] and rows == logged and torch.equal(end, weights)
+    size = sum(path.stat().st_size for path in (tmp_path / "run/checkpoint-9").rglob("adapter_model.safetensors"))
+    assert size < (policy / "model.safetensors").stat().st_size and (size > 0) == ("LoRA" in kind)
+
+
+def test_a_checkpoint_without_its_reference_continues_with_a_warning(policy, tmp_path):
+    train(policy, tmp_path / "run", **MOVING, max_steps=2)
+    (tmp_path / "run/checkpoint-2/reference.pt").unlink()
+    with pytest.warns(UserWarning, match="holds no reference policy"):
+        train(policy, tmp_path / "run", str(tmp_path / "run/checkpoint-2"), **MOVING | dict(max_steps=3, save_strategy="no"))
 
 
 def rows_of(run):
@@ -102,6 +139,26 @@ def after_step(running, metrics, step):
 def children(pid):
     found = [int(p) for t in Path(f"/proc/{pid}/task").glob("*/children") for p in t.read_text().split()]
     return found + [c for p in found for c in children(p)]
+
+
+def test_the_best_adapters_come_back_at_the_end(policy, tmp_path):
+    "An evaluator that prefers the first checkpoint; what is saved as a policy can be loaded again"
+    from peft import LoraConfig
+    scores = iter([0.9, 0.1, 0.2])
+    config = BGRPOConfig(output_dir=str(tmp_path / "run"), num_generations=4, prompts_per_step=2, max_steps=3, max_completion_length=6, use_cpu=True, disable_tqdm=True, save_steps=1,
+                         eval_strategy="steps", eval_steps=1, learning_rate=1e-2, metric_for_best_model="score", load_best_model_at_end=True, beta=0.1)
+    def pay(completion_ids, **kwargs): return [len(set(ids)) / 8 for ids in completion_ids]
+    trainer = BGRPOTrainer(load_model(policy, device="cpu"), pay, config, Dataset.from_dict({"prompt": ["P 1 ⁇"] * 6}), processing_class=load_tokenizer("single"),
+                           evaluator=lambda *_: dict(score=next(scores)), peft_config=LoraConfig(**LORA, init_lora_weights=False))
+    trainer.train()
+    from safetensors.torch import load_file
+    best = load_file(tmp_path / "run/checkpoint-1/adapter_model.safetensors")
+    now = {name.replace(".default", ""): p for name, p in trainer.model.named_parameters() if "lora_" in name}
+    assert best.keys() == now.keys() and all(torch.equal(best[name], now[name]) for name in best)
+    save_model(trainer.model, load_tokenizer("single"), tmp_path / "policy")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad(): a, b = (m.eval()(input_ids=ids).logits for m in (trainer.model, load_model(tmp_path / "policy", device="cpu")))
+    torch.testing.assert_close(a, b)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds children in /proc")
@@ -172,6 +229,14 @@ def test_a_disk_too_small_is_found_before_training(policy, tmp_path, monkeypatch
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need, need))
     check_space(config, model)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - need + 1, need - 1))
+    with pytest.raises(OSError, match="3 checkpoints of .* lower --save_total_limit"): check_space(config, model)
+    from peft import LoraConfig, get_peft_model
+    adapted = get_peft_model(new_model("tiny", **SMALL), LoraConfig(**LORA))
+    adapters = 4 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 3 * 3 * adapters + adapters))
+    check_space(config, adapted)                                          # checkpoints hold adapters alone
+    config.sync_ref_model = True
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, need))
     with pytest.raises(OSError, match="3 checkpoints of .* lower --save_total_limit"): check_space(config, model)
     epochs = BGRPOConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=3, save_steps=10, save_total_limit=2)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - weights, weights))

@@ -28,6 +28,7 @@ from bgrpo_nb.base.processes import hand_back_memory
 from bgrpo_nb.learn.rewards import VerifiedReward, advantages_of
 from bgrpo_nb.solve.decomposition_reward import decomposition_reward
 from bgrpo_nb.base.run_folder import read_metrics
+from bgrpo_nb.learn import trainer as trainer_module
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
 from bgrpo_nb.recipes.train import TrainConfig, _Validator, choose_problems, train_bgrpo
@@ -626,3 +627,111 @@ def test_the_bonus_goes_to_a_function_that_has_paid(saved, tmp_path):
     trainer.model.train()
     rewards = trainer._calculate_rewards([{}] * 16, ["a"] * 16, [""] * 16, [[k] for k in range(16)])
     assert rewards[:8, 1].tolist() == [1.5] * 8 and rewards[:, 0].isnan().all() and rewards[8:].isnan().all()
+
+
+LORA = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def grouped_keys():
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(vocab_size=31, pad_token_id=0, eos_token_id=9, bos_token_id=None, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+                                      initializer_range=0.5, **SMALL)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def two_steps(folder, model, **more):
+    peft_config = more.pop("peft_config", None)
+    seen = []
+    trainer = BGRPOTrainer(model, by_length(seen), settings(folder, learning_rate=1e-3, **more), prompts(), processing_class=load_tokenizer("single"), peft_config=peft_config)
+    trainer.train()
+    return trainer, seen, [row for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["trie", "full rows"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("rollout", ["beam", "mixed"])
+def test_checkpointing_changes_nothing_but_memory(tmp_path, share, lora, rollout):
+    "TRL's default; the searches read each prompt once, with a cache, and checkpointing is on again afterwards"
+    from peft import LoraConfig
+    more = dict(share_prefixes=share, rollout=rollout) | (dict(peft_config=LoraConfig(**LORA), beta=0.1) if lora else {})
+    assert BGRPOConfig(use_cpu=True).gradient_checkpointing and not TrainConfig(use_cpu=True).gradient_checkpointing
+    ends = []
+    for checkpointing in (dict(gradient_checkpointing=False), dict(), dict(gradient_checkpointing_kwargs=dict(use_reentrant=True))):
+        trainer, seen, logged = two_steps(tmp_path, grouped_keys(), **more, **checkpointing)
+        assert trainer.model.is_gradient_checkpointing == (checkpointing != dict(gradient_checkpointing=False))
+        ends.append(([s["ids"] for s in seen], [row["grad_norm"] for row in logged], torch.cat([p.detach().flatten() for p in trainer.model.parameters()])))
+    for ids, norms, weights in ends[1:]:
+        assert ids == ends[0][0] and norms == pytest.approx(ends[0][1], rel=1e-5)
+        torch.testing.assert_close(weights, ends[0][2], rtol=1e-5, atol=1e-5)
+
+
+def test_searches_under_checkpointing_use_the_cache(tmp_path):
+    "A layer sees the prompt once, then at most one token of each beam"
+    trainer = BGRPOTrainer(grouped_keys(), by_length([]), settings(tmp_path), prompts(), processing_class=load_tokenizer("single"))
+    trainer.model.train()
+    trainer.model.activation_checkpointing_enable()                       # as `train` does
+    widths = []
+    trainer.model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    trainer._roll_out([prompts()[0]["prompt"]] * 4, trainer)
+    prompt = len(load_tokenizer("single")(prompts()[0]["prompt"])["input_ids"])
+    steps = widths[widths.index(prompt) + 1:]                              # before them: a probe for trees
+    assert len(steps) <= 8 and all(width <= 4 for width in steps) and trainer.model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("made", ["by the trainer", "in memory", "in memory, trained before"])
+def test_lora_has_its_reference_in_itself(tmp_path, made):
+    """The KL term at each step is that to the model without a new adapter, or to a trained adapter as it was: TRL's rule.
+    Adapters are on in the search: scores are the log-probabilities of the adapted model"""
+    from peft import LoraConfig, get_peft_model
+    base, more = grouped_keys(), dict(beta=0.1, max_steps=3)
+    start = grouped_keys()                                                 # the reference, made again
+    torch.manual_seed(4)
+    if made == "by the trainer": more |= dict(peft_config=LoraConfig(**LORA))
+    if made == "in memory": base = get_peft_model(base, LoraConfig(**LORA))
+    if made == "in memory, trained before":
+        base = get_peft_model(base, LoraConfig(**LORA, init_lora_weights=False))
+        state = {name: x.clone() for name, x in base.state_dict().items()}
+        start = get_peft_model(start, LoraConfig(**LORA))
+        start.load_state_dict(state)
+    kls, scores = [], []
+    compute = BGRPOTrainer._compute_loss
+
+    def exact(self, model, inputs):
+        rows = [torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask")]
+        C, on = inputs["completion_ids"].shape[1], inputs["completion_mask"]
+        with torch.no_grad():
+            l, r = (m(input_ids=rows[0], attention_mask=rows[1], position_ids=(rows[1].cumsum(1) - 1).clamp(min=0)).logits[:, -C - 1:-1].log_softmax(-1)
+                    .gather(2, inputs["completion_ids"][..., None])[..., 0] for m in (self.model, start))
+        kls.append((((r - l).exp() - (r - l) - 1) * on).sum().item() / on.sum().item())
+        scores.append(sorted((l * on).sum(1).tolist()))
+        return compute(self, model, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BGRPOTrainer, "_compute_loss", exact)
+        trainer, seen, logged = two_steps(tmp_path, base, **more)
+    assert [row["kl"] for row in logged] == pytest.approx(kls, abs=1e-6) and kls[0] == 0 < 1e-6 < kls[-1]
+    for found, step in zip(scores, seen): assert found == pytest.approx(sorted(step["scores"]), abs=1e-3)
+    assert all(not p.requires_grad for name, p in trainer.model.named_parameters() if ".default." not in name)
+
+
+def test_what_a_search_has_no_place_for_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    def make(model, **more):
+        config = settings(tmp_path, beta=more.pop("beta", 0.0))
+        return BGRPOTrainer(model, by_length([]), config, prompts(), processing_class=load_tokenizer("single"), **more)
+    def add(a: int, b: int) -> int: return a + b
+    for more in (dict(tools=[add]), dict(environment_factory=dict)):
+        with pytest.raises(ValueError, match="several turns, and beam_rank and beam_score cover one .*TRL's GRPOTrainer"): make(grouped_keys(), **more)
+    with pytest.raises(ValueError, match="adapter 'default', but this model's is called 'mine'"):
+        make(get_peft_model(grouped_keys(), LoraConfig(**LORA), adapter_name="mine"), beta=0.1)
+    with pytest.raises(ValueError, match="built in memory"): make(grouped_keys(), beta=0.1)
+    with pytest.raises(ValueError, match="built in memory, and they alone cannot be loaded"):
+        save_model(get_peft_model(grouped_keys(), LoraConfig(**LORA)), load_tokenizer("single"), tmp_path / "policy")
+
+
+def test_reentrant_checkpointing_of_tries_is_refused_on_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(BGRPOConfig, "world_size", 2)
+    reentrant = dict(gradient_checkpointing_kwargs=dict(use_reentrant=True))
+    def check(**more): trainer_module._check_checkpointing(settings(tmp_path, **more))
+    for fine in (dict(), reentrant | dict(share_prefixes=False), reentrant | dict(gradient_checkpointing=False)): check(**fine)
+    with pytest.raises(ValueError, match="cannot be combined with tries on several processes; leave it out"): check(**reentrant)

@@ -153,10 +153,57 @@ def test_trl_still_has_what_the_trainer_builds_on():
         _calculate_rewards="inputs prompts completions completion_ids_list",
         _generate_and_score_completions="inputs",
         _tokenize_prompts="prompts",
-        evaluate="eval_dataset ignore_keys metric_key_prefix")
+        evaluate="eval_dataset ignore_keys metric_key_prefix",
+        training_step="model inputs", _get_grad_norm="model grad_norm", _maybe_log_save_evaluate="tr_loss grad_norm model",
+        _save_rng_state="output_dir", _load_rng_state="checkpoint")
     for name, parameters in wanted.items():
         parameters = parameters.split()
         found = list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:]
         assert found[:len(parameters)] == parameters, f"TRL's {name} now takes {found}"
     assert "rollout_func" in inspect.signature(GRPOTrainer.__init__).parameters and callable(split_tensor_dict)
     assert trl_batching.roll_out.__module__ == "bgrpo_nb.learn.trl_batching"
+
+
+def tiny_families():
+    from transformers import Gemma2Config, MixtralConfig, OPTConfig
+    opt = dict(hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, init_std=0.5)
+    mixtral = llama_like | dict(initializer_range=0.1, num_local_experts=3, num_experts_per_tok=2, sliding_window=None)
+    return {"gpt2": GPT2Config(**common, **no_dropout, n_embd=32, n_layer=2, n_head=4, n_positions=64), "llama": LlamaConfig(**llama_like),
+            "qwen3": Qwen3Config(**llama_like, head_dim=8), "gemma2": Gemma2Config(**llama_like, head_dim=8, query_pre_attn_scalar=8, sliding_window=64),
+            "opt": OPTConfig(**common | opt, dropout=0.0), "mixtral": MixtralConfig(**mixtral)}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16 autocast"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", tiny_families())
+def test_checkpointed_gradients_are_those_without_checkpointing(name, lora, bf16, reentrant):
+    "Layers are recomputed under the attention that they were computed under: two prompts, one chunk each"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_families()[name]).train()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+        targets = {"gpt2": ["c_attn"]}.get(name, ["q_proj", "v_proj"])
+        model = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"))
+    ids, mask, C = pad([([2, 3, 4], [5, 6, 7, 1]), ([2, 3, 4], [5, 6, 8, 1]), ([9, 4], [5, 1]), ([9, 4], [6, 6, 1])])
+    attention = model.config._attn_implementation
+
+    def gradient():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16): logps, entropy = trie_logps(model, ids, mask, C, compute_entropy=True, max_elements=1)
+        (logps + 0.3 * entropy).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    plain = gradient()
+    if lora: model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    calls = []
+    layer = next(m for m in model.modules() if type(m).__name__.endswith(("DecoderLayer", "GPT2Block")))
+    layer.register_forward_pre_hook(lambda *_: calls.append("hook"))
+    inside = next(m for m in layer.modules() if isinstance(m, torch.nn.LayerNorm) or "Norm" in type(m).__name__)
+    inside.register_forward_pre_hook(lambda *_: calls.append("recomputed"))
+    found = gradient()
+    tolerance = 5e-3 if bf16 and reentrant else 1e-5              # chunks share the weights that autocast rounds, recomputations do not
+    assert plain.norm() > 0 and (found - plain).norm() <= tolerance * plain.norm()
+    assert calls.count("recomputed") == 4                         # two chunks, forward and backward
+    assert model.config._attn_implementation == attention

@@ -168,9 +168,12 @@ def _most_checkpoints(args):
 
 def check_space(args, model):
     "OSError, before the first step, if the disk is too small for the checkpoints that these TrainingArguments keep"
-    policy = _bytes_of(model.parameters())
-    adam_moments = 2 * _bytes_of(p for p in model.parameters() if p.requires_grad)
-    checkpoint = policy + adam_moments
+    trained = _bytes_of(p for p in model.parameters() if p.requires_grad)
+    whole = _bytes_of(model.parameters())
+    policy = trained if hasattr(model, "peft_config") else whole         # of adapters, they alone are written
+    adam_moments = 2 * trained
+    reference = whole if getattr(args, "sync_ref_model", False) else 0
+    checkpoint = policy + adam_moments + reference
     n = _most_checkpoints(args)
     need = n * checkpoint + policy
     free = shutil.disk_usage(args.output_dir).free

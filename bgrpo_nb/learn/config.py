@@ -17,6 +17,7 @@ __all__ = ['OBJECTIVES', 'BGRPOConfig']
 
 # %% ../../nbs/08b_config.ipynb #3fc838c4
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -29,6 +30,10 @@ from ..base.run_folder import lower_is_better
 from ..base.settings import setting
 from .rewards import BASELINES, REWARDS, check_choice
 from .trl_batching import ROLLOUTS
+
+# %% ../../nbs/08b_config.ipynb #0b7ad3c6
+_OLD_NAME = ".*gradient_checkpointing.* is deprecated" # TRL itself uses the old name of that setting
+warnings.filterwarnings("ignore", _OLD_NAME, FutureWarning)
 
 # %% ../../nbs/08b_config.ipynb #42bcb3fc
 OBJECTIVES: dict[str, dict] = {
@@ -67,7 +72,8 @@ class BGRPOConfig(GRPOConfig):
     warmup_steps: float = setting(8, "steps until the peak is reached")
     lr_scheduler_type: str = setting("constant_with_warmup", "shape of the learning rate after the warm-up")
     disable_dropout: bool = setting(True, "must be on: beams and the trie need one policy, not a random one")
-    gradient_checkpointing: bool = setting(False, "recompute activations to save memory")
+    gradient_checkpointing: bool = setting(
+        True, "recompute activations to save memory; small models are faster without it")
     bf16: bool | None = setting(None, "bfloat16 autocast; left out: on a GPU that has it, off on a CPU")
     scale_rewards: str | None = setting(None, "none, group or batch; left out: the objective's")
     loss_type: str | None = setting(None, "TRL's name of the loss; left out: the objective's")

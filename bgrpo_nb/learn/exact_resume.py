@@ -7,8 +7,8 @@ for its group of two. Every epoch draws the next permutation.
 
 ## What is lost
 
-Three things are in no checkpoint: the order of prompts in later epochs, the generation batch that is in use, and
-the metrics that have not been logged yet.
+Four things are in no checkpoint: the order of prompts in later epochs, the generation batch that is in use, the
+metrics that have not been logged yet, and a reference policy that has moved.
 
 ## The trainer that continues
 
@@ -46,6 +46,7 @@ from trl.trainer.utils import RepeatSampler
 
 # %% ../../nbs/08a_exact_resume.ipynb #4fc296da
 from ..base.run_folder import checkpoints
+from .finite import FiniteTrainer
 
 # %% ../../nbs/08a_exact_resume.ipynb #8bf4dd79
 _OLD_NAME = ".*gradient_checkpointing.* is deprecated" # TRL itself uses the old name of that setting
@@ -66,9 +67,14 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 # %% ../../nbs/08a_exact_resume.ipynb #2921b872
-class ResumableGRPOTrainer(GRPOTrainer):
+class ResumableGRPOTrainer(FiniteTrainer, GRPOTrainer):
     "TRL's `GRPOTrainer`, which `train(resume_from_checkpoint=...)` continues exactly"
-    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)   # of GRPOTrainer
+    def __init__(self, *args, **kwargs): # of GRPOTrainer
+        super().__init__(*args, **kwargs)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.sync_ref_model and sharded and self.args.save_strategy != "no":
+            raise ValueError("sync_ref_model=True moves a reference that is sharded here and cannot be saved; leave it "
+                             "off, or set save_strategy='no'")
 
     def _get_train_sampler(self, dataset=None):
         "TRL's, at the epoch of the trainer's state"
@@ -76,6 +82,12 @@ class ResumableGRPOTrainer(GRPOTrainer):
         def finished_epochs(): return int(self.state.epoch or 0)
         return EpochSampler(stock.data_source, stock.mini_repeat_count, stock.batch_size, stock.repeat_count,
                             stock.shuffle, stock.seed, epoch=finished_epochs)
+
+    def _batch_to_keep(self) -> dict: # columns
+        "Prompts, completions, rewards and advantages of the newest generation batch"
+        logs = self._logs
+        texts = {name: list(logs[name]) for name in ("prompt", "completion", "advantages")}
+        return texts | {name: list(values) for name, values in (logs["rewards"] | logs["extra"]).items()}
 
 # %% ../../nbs/08a_exact_resume.ipynb #192f62c1
 @patch
@@ -95,6 +107,7 @@ def _save_rng_state(self: ResumableGRPOTrainer, output_dir):
                    loss=self._tr_loss,
                    logged=self._globalstep_last_logged)
     torch.save(pending, self._pending(output_dir))
+    self._save_reference(output_dir)
     self.accelerator.wait_for_everyone()        # then the main process writes trainer_state.json
 
 @patch
@@ -102,6 +115,7 @@ def _load_rng_state(self: ResumableGRPOTrainer, checkpoint):
     "What `_save_rng_state` wrote"
     super(ResumableGRPOTrainer, self)._load_rng_state(checkpoint)
     if checkpoint is None: return
+    self._load_reference(checkpoint)
     file = self._pending(checkpoint)
     if not file.exists():
         processes = "1 process" if self.args.world_size == 1 else f"{self.args.world_size} processes"
@@ -113,6 +127,25 @@ def _load_rng_state(self: ResumableGRPOTrainer, checkpoint):
     self._step, self._buffered_inputs = pending["step"], pending["buffer"]
     self._tr_loss, self._globalstep_last_logged = pending["loss"], pending["logged"]
     self._metrics["train"].update(pending["metrics"])
+
+# %% ../../nbs/08a_exact_resume.ipynb #5d19ab30
+_REFERENCE = "reference.pt" # in a checkpoint
+
+@patch
+def _save_reference(self: ResumableGRPOTrainer, checkpoint):
+    "The reference policy, where it moves"
+    if not self.args.sync_ref_model or not self.is_world_process_zero(): return
+    torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), Path(checkpoint) / _REFERENCE)
+
+@patch
+def _load_reference(self: ResumableGRPOTrainer, checkpoint):
+    "What `_save_reference` wrote"
+    if not self.args.sync_ref_model: return
+    file = Path(checkpoint) / _REFERENCE
+    if not file.exists():
+        return warnings.warn(f"{checkpoint} holds no reference policy; the KL term continues against the start")
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    self.accelerator.unwrap_model(self.ref_model).load_state_dict(state)
 
 # %% ../../nbs/08a_exact_resume.ipynb #ef9ed157
 @patch

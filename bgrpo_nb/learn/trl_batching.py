@@ -60,6 +60,7 @@ __all__ = ['ROLLOUTS', 'check_groups', 'Completion', 'roll_out', 'share_groups',
 
 # %% ../../nbs/08_trl_batching.ipynb #85b43de4
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 # %% ../../nbs/08_trl_batching.ipynb #df9759a3
@@ -267,6 +268,26 @@ def _pack(groups: list[_Group]): # input_ids, position_ids (B, P + M) long, and 
         sees[b, at_nodes, at_nodes] = trie.sees
     return ids, positions, sees
 
+# %% ../../nbs/08_trl_batching.ipynb #9d2b7c41
+def _checkpoint_under_tree_attention(model, checkpoint: Callable) -> Callable:
+    "A model's checkpoint function, for layers that are to see tree attention whenever they run"
+    def checkpoint_layer(layer, *args):
+        def run(*args):
+            with tree_attention_on(model): return layer(*args)
+        return checkpoint(run, *args)
+    return checkpoint_layer
+
+@contextmanager
+def _tree_attention_kept(model):
+    "Tree attention during a forward, and where its backward pass recomputes layers"
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    before = [m._gradient_checkpointing_func for m in layers]
+    for m, f in zip(layers, before): m._gradient_checkpointing_func = _checkpoint_under_tree_attention(model, f)
+    try:
+        with tree_attention_on(model): yield
+    finally:
+        for m, f in zip(layers, before): m._gradient_checkpointing_func = f
+
 # %% ../../nbs/08_trl_batching.ipynb #becc3da2
 def _node_logits(model, groups, device) -> Tensor: # (B, M + 1, V), at least float32
     "Logits at the end of each prompt and at each node, one forward for all groups"
@@ -275,7 +296,7 @@ def _node_logits(model, groups, device) -> Tensor: # (B, M + 1, V), at least flo
     _, M = _widths(groups)
     unseen = torch.finfo(plain.dtype).min
     mask = torch.zeros(sees.shape, dtype=plain.dtype, device=device).masked_fill_(~sees, unseen)[:, None]
-    with tree_attention_on(plain):
+    with _tree_attention_kept(plain):
         out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=M + 1)
     logits = out.logits[:, -M - 1:]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

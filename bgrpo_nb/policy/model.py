@@ -236,7 +236,7 @@ def load_model(name_or_path, # a bundled policy's name ("tiny") or a folder in H
                ): # PreTrainedModel in eval mode
     "Load a policy; FileNotFoundError if there is none, ValueError if its files are incomplete"
     folder = _find(name_or_path)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         hint = "; convert a .pt file with `bgrpo convert`" if folder.suffix in (".pt", ".safetensors") else ""
         raise FileNotFoundError(f"no model at {name_or_path}: "
                                 f"bundled is {_bundled()}, otherwise give a folder with config.json{hint}")
@@ -251,12 +251,20 @@ def load_model(name_or_path, # a bundled policy's name ("tiny") or a folder in H
         raise ValueError(f"{folder} holds no model that can be loaded ({reason}); is the folder complete?") from e
     return model.to(device).eval()
 
+def _check_base(model):
+    "ValueError for adapters without a base that is saved: a folder of adapters names the folder of its base"
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(not adapter.base_model_name_or_path for adapter in adapters):
+        raise ValueError("adapters were trained on a model that was built in memory, and they alone cannot be loaded; "
+                         "save model.merge_and_unload(), or save and load the model before adapters are added")
+
 def save_model(model,
                tokenizer,
                folder, # made if it does not exist
                dtype: torch.dtype | None = None, # of the saved weights; torch.bfloat16 halves the file
                ) -> Path: # the folder
     "Save weights, configuration and tokenizer in Hugging Face format"
+    _check_base(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = model.generation_config.use_cache = True  # trainers turn it off

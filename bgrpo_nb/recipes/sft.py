@@ -78,6 +78,7 @@ from ..algebra.problems import (
 from ..base.files import write_json
 from ..base.run_folder import open_run, provenance
 from ..base.settings import setting
+from ..learn.finite import FiniteTrainer
 from ..policy.model import (
     END, PRESETS, choose_attention, load_model, load_tokenizer, new_model, save_model, tokenize)
 from .callbacks import RunLog, StopCleanly, show_progress
@@ -307,7 +308,7 @@ def exact_match(logits: torch.Tensor, # (B, T, V)
     return ((guess == asked) | (asked == -100)).all(-1)
 
 # %% ../../nbs/04_sft.ipynb #ce38fcb6
-class _Trainer(Trainer):
+class _Trainer(FiniteTrainer, Trainer):
     "Hugging Face's trainer, which sees the samples in the order of the stream"
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)

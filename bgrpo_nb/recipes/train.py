@@ -112,6 +112,8 @@ class TrainConfig(BGRPOConfig):
     allow_trivial: bool = setting(False, "linear parts count, the authors' rule; a policy learns to write them")
     max_completion_length: int | None = setting(
         None, "most tokens of a completion; left out: a quarter above the longest known answer")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations to save memory; small policies are faster without it")
     resume: bool = setting(False, "continue from the newest whole checkpoint in output_dir")
     eval_strategy: str = setting("steps", "when to validate")
     eval_steps: float | None = setting(10, "steps between validations")
