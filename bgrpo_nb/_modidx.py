@@ -438,6 +438,8 @@ d = {
     ('trainer.html#_bonus', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_arguments':
     ('trainer.html#_check_arguments', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._check_loaded':
+    ('trainer.html#_check_loaded', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_reference':
     ('trainer.html#_check_reference', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._comparable':
@@ -452,6 +454,8 @@ d = {
     ('trainer.html#_rates_read_from_config', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._with_reward_setting':
     ('trainer.html#_with_reward_setting', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.load_policy':
+    ('trainer.html#load_policy', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.whole_model':
     ('trainer.html#whole_model', 'bgrpo_nb/learn/trainer.py'),
   },
@@ -504,8 +508,14 @@ d = {
     ('trl_batching.html#trie_logps', 'bgrpo_nb/learn/trl_batching.py'),
   },
   'bgrpo_nb.policy.checkpoints': {
+   'bgrpo_nb.policy.checkpoints._check_apart':
+    ('checkpoints.html#_check_apart', 'bgrpo_nb/policy/checkpoints.py'),
+   'bgrpo_nb.policy.checkpoints._check_heads':
+    ('checkpoints.html#_check_heads', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._export_checkpoint':
     ('checkpoints.html#_export_checkpoint', 'bgrpo_nb/policy/checkpoints.py'),
+   'bgrpo_nb.policy.checkpoints._faults':
+    ('checkpoints.html#_faults', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._from_gpt2':
     ('checkpoints.html#_from_gpt2', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._layers':
@@ -598,6 +608,8 @@ d = {
     ('model.html#load_tokenizer', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model.new_model':
     ('model.html#new_model', 'bgrpo_nb/policy/model.py'),
+   'bgrpo_nb.policy.model.token_names':
+    ('model.html#token_names', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model.tokenize':
     ('model.html#tokenize', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model.vocabularies':
@@ -1316,6 +1328,8 @@ d = {
     ('grammar.html#prefixgrammar.__init__', 'bgrpo_nb/solve/grammar.py'),
    'bgrpo_nb.solve.grammar.PrefixGrammar.to':
     ('grammar.html#prefixgrammar.to', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar._check_words':
+    ('grammar.html#_check_words', 'bgrpo_nb/solve/grammar.py'),
    'bgrpo_nb.solve.grammar._kinds':
     ('grammar.html#_kinds', 'bgrpo_nb/solve/grammar.py'),
   },

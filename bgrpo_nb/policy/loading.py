@@ -94,10 +94,10 @@ def bundled_names() -> str:
 def find_policy(name_or_path) -> Path | str | None: # a folder or a hub id; None: neither
     "Where a policy is: a bundled one, a folder, or on the hub"
     path, name = Path(name_or_path), str(name_or_path)
-    if path.name == name and (ASSETS / name / "config.json").is_file(): return ASSETS / name
-    try: is_there = path.exists()
+    try:
+        if path.name == name and (ASSETS / name / "config.json").is_file(): return ASSETS / name
+        if path.exists(): return path if path.is_dir() else None
     except (OSError, ValueError): return None       # a name that no file can have
-    if is_there: return path if path.is_dir() else None
     is_hub_id = _HUB_ID.fullmatch(name) and path.suffix not in (".pt", ".safetensors")
     return name if is_hub_id else None
 

@@ -33,7 +33,7 @@ model."""
 
 # %% auto #0
 __all__ = ['PAD', 'END', 'COMPACT', 'VOCABULARIES', 'PRESETS', 'vocabularies', 'words_of', 'load_tokenizer', 'tokenize',
-           'encode', 'decode_completions', 'new_model', 'load_model', 'save_model']
+           'encode', 'token_names', 'decode_completions', 'new_model', 'load_model', 'save_model']
 
 # %% ../../nbs/02_model.ipynb #567de84c
 import json
@@ -161,11 +161,15 @@ def encode(tokenizer,
     "Prompts as one batch; ValueError names a word that is not in the vocabulary"
     return tokenizer.pad({"input_ids": tokenize(tokenizer, prompts)}, return_tensors="pt", padding_side="left")
 
-def _text(tokenizer, ids: list[int]) -> str:
-    "Text of ids, with `<40>` in place of an id that has no token"
-    if not ids: return ""
+def token_names(tokenizer, ids: Sequence[int]) -> list[str]:
+    "The token of each id; `<40>` for an id without one, as in a vocabulary that the model pads"
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    if None in tokens: return " ".join(token or f"<{i}>" for i, token in zip(ids, tokens))
+    return [f"<{i}>" if token is None else token for i, token in zip(ids, tokens)]
+
+def _text(tokenizer, ids: list[int]) -> str:
+    "Text of ids; one that has no token is named, for a plain decoder would leave it out"
+    if not ids: return ""
+    if None in tokenizer.convert_ids_to_tokens(ids): return " ".join(token_names(tokenizer, ids))
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 def decode_completions(tokenizer,
