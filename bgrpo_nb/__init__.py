@@ -31,6 +31,8 @@ Folders and modules, from the ground up:
 `bgrpo_nb.policy`: Vocabularies, sizes and checkpoints of a policy.
 - `policy.checkpoints`: The authors' state dicts become Hugging Face folders, and folders become state dicts again,
   exactly.
+- `policy.loading`: A name, a folder or a hub id becomes a model and a tokenizer; what does not fit is refused in
+  one line.
 - `policy.model`: Four vocabularies, three sizes: ordinary Hugging Face objects.
 
 `bgrpo_nb.learn`: Groups, advantages, the trie and the trainer, for any task.

@@ -474,6 +474,8 @@ d = {
     ('trainer.html#_check_arguments', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_checkpointing':
     ('trainer.html#_check_checkpointing', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._check_loaded':
+    ('trainer.html#_check_loaded', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_reference':
     ('trainer.html#_check_reference', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_turns':
@@ -490,6 +492,8 @@ d = {
     ('trainer.html#_rates_read_from_config', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._with_reward_setting':
     ('trainer.html#_with_reward_setting', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.load_policy':
+    ('trainer.html#load_policy', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.whole_model':
     ('trainer.html#whole_model', 'bgrpo_nb/learn/trainer.py'),
   },
@@ -546,8 +550,14 @@ d = {
     ('trl_batching.html#trie_logps', 'bgrpo_nb/learn/trl_batching.py'),
   },
   'bgrpo_nb.policy.checkpoints': {
+   'bgrpo_nb.policy.checkpoints._check_apart':
+    ('checkpoints.html#_check_apart', 'bgrpo_nb/policy/checkpoints.py'),
+   'bgrpo_nb.policy.checkpoints._check_heads':
+    ('checkpoints.html#_check_heads', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._export_checkpoint':
     ('checkpoints.html#_export_checkpoint', 'bgrpo_nb/policy/checkpoints.py'),
+   'bgrpo_nb.policy.checkpoints._faults':
+    ('checkpoints.html#_faults', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._from_gpt2':
     ('checkpoints.html#_from_gpt2', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._layers':
@@ -571,39 +581,83 @@ d = {
    'bgrpo_nb.policy.checkpoints.convert_checkpoint':
     ('checkpoints.html#convert_checkpoint', 'bgrpo_nb/policy/checkpoints.py'),
   },
+  'bgrpo_nb.policy.loading': {
+   'bgrpo_nb.policy.loading._Unfit':
+    ('loading.html#_unfit', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._about_code':
+    ('loading.html#_about_code', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._architecture':
+    ('loading.html#_architecture', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._check_base':
+    ('loading.html#_check_base', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._check_fit':
+    ('loading.html#_check_fit', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._check_size':
+    ('loading.html#_check_size', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._dtype':
+    ('loading.html#_dtype', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._first_line':
+    ('loading.html#_first_line', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._holds_adapters':
+    ('loading.html#_holds_adapters', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._in_one_line':
+    ('loading.html#_in_one_line', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._listed_tensors':
+    ('loading.html#_listed_tensors', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._load_adapters':
+    ('loading.html#_load_adapters', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._missing_for_flash':
+    ('loading.html#_missing_for_flash', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._reach_hub':
+    ('loading.html#_reach_hub', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._read_config':
+    ('loading.html#_read_config', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._source_of':
+    ('loading.html#_source_of', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._stored_layers':
+    ('loading.html#_stored_layers', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.bundled_names':
+    ('loading.html#bundled_names', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.check_finite':
+    ('loading.html#check_finite', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.choose_attention':
+    ('loading.html#choose_attention', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.find_policy':
+    ('loading.html#find_policy', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.load_model':
+    ('loading.html#load_model', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.quietly':
+    ('loading.html#quietly', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.read_tokenizer':
+    ('loading.html#read_tokenizer', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.save_model':
+    ('loading.html#save_model', 'bgrpo_nb/policy/loading.py'),
+  },
   'bgrpo_nb.policy.model': {
-   'bgrpo_nb.policy.model._bundled':
-    ('model.html#_bundled', 'bgrpo_nb/policy/model.py'),
-   'bgrpo_nb.policy.model._check_base':
-    ('model.html#_check_base', 'bgrpo_nb/policy/model.py'),
-   'bgrpo_nb.policy.model._find':
-    ('model.html#_find', 'bgrpo_nb/policy/model.py'),
+   'bgrpo_nb.policy.model._first_unknown':
+    ('model.html#_first_unknown', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._gpt2_config':
     ('model.html#_gpt2_config', 'bgrpo_nb/policy/model.py'),
+   'bgrpo_nb.policy.model._is_a_lookup':
+    ('model.html#_is_a_lookup', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._look_up':
     ('model.html#_look_up', 'bgrpo_nb/policy/model.py'),
-   'bgrpo_nb.policy.model._missing_for_flash':
-    ('model.html#_missing_for_flash', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._new_tokenizer':
     ('model.html#_new_tokenizer', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._pieces':
     ('model.html#_pieces', 'bgrpo_nb/policy/model.py'),
-   'bgrpo_nb.policy.model._quietly':
-    ('model.html#_quietly', 'bgrpo_nb/policy/model.py'),
-   'bgrpo_nb.policy.model.choose_attention':
-    ('model.html#choose_attention', 'bgrpo_nb/policy/model.py'),
+   'bgrpo_nb.policy.model._text':
+    ('model.html#_text', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model.decode_completions':
     ('model.html#decode_completions', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model.encode':
     ('model.html#encode', 'bgrpo_nb/policy/model.py'),
-   'bgrpo_nb.policy.model.load_model':
-    ('model.html#load_model', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model.load_tokenizer':
     ('model.html#load_tokenizer', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model.new_model':
     ('model.html#new_model', 'bgrpo_nb/policy/model.py'),
-   'bgrpo_nb.policy.model.save_model':
-    ('model.html#save_model', 'bgrpo_nb/policy/model.py'),
+   'bgrpo_nb.policy.model.token_names':
+    ('model.html#token_names', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model.tokenize':
     ('model.html#tokenize', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model.vocabularies':
@@ -1322,6 +1376,8 @@ d = {
     ('grammar.html#prefixgrammar.__init__', 'bgrpo_nb/solve/grammar.py'),
    'bgrpo_nb.solve.grammar.PrefixGrammar.to':
     ('grammar.html#prefixgrammar.to', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar._check_words':
+    ('grammar.html#_check_words', 'bgrpo_nb/solve/grammar.py'),
    'bgrpo_nb.solve.grammar._kinds':
     ('grammar.html#_kinds', 'bgrpo_nb/solve/grammar.py'),
   },

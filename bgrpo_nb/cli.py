@@ -380,7 +380,8 @@ def convert(argv):
     p.add_argument("--n_head", type=int, help="attention heads; left out: read from model_configuration.json")
     a = p.parse_args(argv)
     from bgrpo_nb import convert_checkpoint
-    print("written to", convert_checkpoint(a.source, a.destination, {"n_head": a.n_head} if a.n_head else None))
+    config = None if a.n_head is None else {"n_head": a.n_head}
+    print("written to", convert_checkpoint(a.source, a.destination, config))
 
 # %% ../nbs/13_cli.ipynb #5eee9002
 def sweep(argv):

@@ -19,7 +19,8 @@ from bgrpo_nb.search import generation, packed_weights as packed
 from bgrpo_nb.search.beam_tree import TREE_ATTENTION, TreeCache, why_no_tree
 from bgrpo_nb.search.generation import beam_search, greedy, sample
 from bgrpo_nb.solve.grammar import PrefixGrammar
-from bgrpo_nb.policy.model import choose_attention, load_tokenizer
+from bgrpo_nb.policy.loading import choose_attention
+from bgrpo_nb.policy.model import load_tokenizer
 from bgrpo_nb.search.packed_weights import packed_linears, packs
 
 V = 13

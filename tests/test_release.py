@@ -16,7 +16,7 @@ PACKAGE = REPO / "bgrpo_nb"
 INSTALLED_AS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "flint": "python-flint", "IPython": "ipywidgets",
                 "psycopg": "psycopg", "traitlets": "ipywidgets", "PIL": "matplotlib", "huggingface_hub": "transformers"}
 EXTRAS_OF = {"study": {"study", "plots", "wandb"}, "show": {"widgets"}, "recipes": {"wandb", "widgets"},
-             "base": {"plots"}, "policy": {"gpu"}}
+             "base": {"plots"}, "policy": {"gpu", "lora"}}
 
 
 @pytest.fixture(scope="module")

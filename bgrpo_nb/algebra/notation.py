@@ -36,6 +36,7 @@ __all__ = ['from_text', 'to_sympy', 'from_sympy', 'to_latex', 'to_html', 'verify
 import ast
 import re
 from itertools import count
+from numbers import Number
 
 # %% ../../nbs/00a_notation.ipynb #3ac6e149
 from fastcore.basics import patch
@@ -127,12 +128,15 @@ def to_sympy(text: str): # a SymPy expression, expanded
     return whole.subs(aside) if aside else whole
 
 # %% ../../nbs/00a_notation.ipynb #b05e0177
-def from_sympy(expression, # SymPy expression with integer coefficients and variables such as x, a0
+def from_sympy(expression, # SymPy expression with integer coefficients and variables such as x, a0; or a number
                ) -> str: # prefix notation, expanded
     "Prefix notation of a SymPy expression; PrefixError where it is no polynomial with integer coefficients"
     import sympy
     if isinstance(expression, str): raise PrefixError(f"{expression[:60]!r} is text; read it with from_text")
-    expression = sympy.sympify(expression)
+    is_number = isinstance(expression, Number) and not isinstance(expression, bool)
+    if not is_number and not isinstance(expression, (sympy.Expr, sympy.Poly)): # sympify would run text inside of it
+        raise PrefixError(f"{type(expression).__name__} is no polynomial; give a SymPy expression, a number or text")
+    expression = sympy.sympify(expression, strict=True)
     symbols = {symbol.name: symbol for symbol in expression.free_symbols}
     bad = sorted(name for name in symbols if not VARIABLE.fullmatch(name))
     if bad: raise PrefixError(f"rename {bad}: a variable is a letter and digits, x or a0")

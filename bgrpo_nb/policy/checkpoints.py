@@ -28,8 +28,8 @@ result depends on what the source is: a file or a folder.
 
 ## What is refused
 
-A damaged file, another format, a missing number of heads, and a policy that their format cannot hold: each is one
-message, and nothing is written.
+A damaged file, another format, missing or surplus tensors, weights that are not finite, a number of heads that
+does not divide the width, and a policy that their format cannot hold: each is one message, and nothing is written.
 
 ## Deviations
 
@@ -116,7 +116,23 @@ def _read_state(path: Path) -> dict:
     if missing or not _layers(state):
         raise ValueError(f"{path} is no checkpoint of the authors' format; "
                          f"it lacks {', '.join(sorted(missing)) or 'blocks'}")
+    for fault in _faults(state, path.stat().st_size): raise ValueError(f"{path} {fault}; is it a whole checkpoint?")
     return state
+
+def _faults(state: dict, size: int) -> Iterator[str]: # size: bytes of the file
+    "What keeps tensors of the right names from being a model; asked before a model takes memory"
+    layers = _layers(state)
+    if layers > len(state): yield f"has a block of number {layers - 1}, and only {len(state)} tensors"
+    expected = {"pos_emb", *(name for _, theirs, _ in _names(layers) for name in theirs)}
+    for what, names in (("lacks", expected - state.keys()), ("has surplus", state.keys() - expected)):
+        if names: yield f"{what} {min(names)}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    if any(not isinstance(x, Tensor) or not x.is_floating_point() for x in state.values()):
+        yield "holds something else than tensors of floating-point numbers"
+    if sum(x.numel() for x in state.values()) > size: yield "has larger tensors than a file of its size can hold"
+    for name, x in state.items():
+        wanted = 3 if name == "pos_emb" else 1 if "ln" in name or name.endswith("bias") else 2
+        if x.ndim != wanted or not x.numel(): yield f"has a {name} of shape {tuple(x.shape)}"
+        if not x.isfinite().all(): yield f"has weights that are no finite numbers ({name})"
 
 def _read_heads(source: Path, config) -> int: # config: a dict, a JSON file, or None
     "The number of attention heads, from `config` or from model_configuration.json beside the checkpoint"
@@ -125,9 +141,18 @@ def _read_heads(source: Path, config) -> int: # config: a dict, a JSON file, or 
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; the number of heads is not in the weights: "
                                     "pass config={'n_head': 8}")
-        config = json.loads(path.read_text())
-    if "n_head" not in config: raise ValueError("the configuration lacks n_head, the number of attention heads")
+        try: config = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, OSError) as e:
+            raise ValueError(f"{path} cannot be read as JSON ({type(e).__name__}); write {{\"n_head\": 8}}") from e
+    if not isinstance(config, dict) or "n_head" not in config:
+        raise ValueError("the configuration lacks n_head, the number of attention heads; write {\"n_head\": 8}")
     return config["n_head"]
+
+def _check_heads(heads, width: int): # width: of the embeddings
+    whole = isinstance(heads, int) and not isinstance(heads, bool)
+    if not whole or heads < 1 or width % heads:
+        raise ValueError(f"n_head={heads!r} does not divide a width of {width}; give the whole number of attention "
+                         "heads that the model was trained with")
 
 def _vocabulary_of(state: dict, source: Path) -> str:
     "The authors' vocabulary with as many words as the embeddings have rows"
@@ -145,10 +170,12 @@ def convert_checkpoint(source,      # the authors' .pt or .safetensors file, or 
                        ) -> Path:   # the destination
     "The authors' checkpoint -> Hugging Face folder, or back; exact in both directions"
     source, destination = Path(source), Path(destination)
+    if source.exists(): _check_apart(source, destination)
     if source.is_dir(): return _export_checkpoint(source, destination)
     if not source.is_file(): raise FileNotFoundError(f"there is no checkpoint at {source}")
     state = _read_state(source)
     heads = _read_heads(source, config)
+    _check_heads(heads, state["tok_emb.weight"].shape[1])
     vocabulary = _vocabulary_of(state, source)
     model = new_model("paper", vocabulary, position="learned",
                       hidden_size=state["tok_emb.weight"].shape[1], num_hidden_layers=_layers(state),
@@ -157,6 +184,14 @@ def convert_checkpoint(source,      # the authors' .pt or .safetensors file, or 
     except (KeyError, RuntimeError) as e:
         raise ValueError(f"{source} does not fit its configuration: {str(e).splitlines()[0]}") from e
     return save_model(model, load_tokenizer(vocabulary), destination)
+
+def _check_apart(source: Path, destination: Path):
+    "ValueError if the result would replace a part of its source"
+    written = destination if source.is_dir() else destination / "model.safetensors"
+    parts = source.iterdir() if source.is_dir() else [source]
+    if written.exists() and any(part.samefile(written) for part in parts):
+        raise ValueError(f"{written} is a part of the source, and the result would replace it; choose another "
+                         "destination")
 
 def _export_checkpoint(source: Path, destination: Path) -> Path:
     "A GPT-2 folder -> the authors' file, with its configuration beside it"

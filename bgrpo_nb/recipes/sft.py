@@ -79,22 +79,24 @@ from ..base.files import write_json
 from ..base.run_folder import open_run, provenance
 from ..base.settings import setting
 from ..learn.finite import FiniteTrainer
+from ..policy.loading import choose_attention
 from ..policy.model import (
-    END, PRESETS, choose_attention, load_model, load_tokenizer, new_model, save_model, tokenize)
+    PRESETS, load_model, load_tokenizer, new_model, save_model, tokenize)
 from .callbacks import RunLog, StopCleanly, show_progress
 
 # %% ../../nbs/04_sft.ipynb #c6894d9b
 class ProblemStream(Dataset):
     "Token ids of problems with answers, in the order of training"
     def __init__(self, problems: Sequence[Problem], tokenizer):
-        dtype = np.uint8 if len(tokenizer) <= 256 else np.int32
+        end, largest = tokenizer.eos_token_id, max(tokenizer.get_vocab().values())
+        dtype = np.uint8 if largest < 256 else np.int32
         self.rows = []              # prompt and answer, joined
         self.prompt_lengths = []    # where the answer begins
         for start in range(0, len(problems), 4096): # a fast tokenizer holds several kilobytes for each text of a call
             some = problems[start:start + 4096]
             prompts = tokenize(tokenizer, [p.prompt for p in some])
-            answers = tokenize(tokenizer, [f"{p.answer} {END}" for p in some])
-            self.rows += [np.array(prompt + answer, dtype) for prompt, answer in zip(prompts, answers)]
+            answers = tokenize(tokenizer, [p.answer for p in some], special_tokens=False)
+            self.rows += [np.array([*prompt, *answer, end], dtype) for prompt, answer in zip(prompts, answers)]
             self.prompt_lengths += map(len, prompts)
 
     def __len__(self): return len(self.rows)
@@ -323,10 +325,10 @@ def start_policy(config: SupervisedConfig): # model, tokenizer
     if config.model: return load_model(config.model, device="cpu"), load_tokenizer(config.model)
     return new_model(config.preset, config.vocabulary, seed=config.seed), load_tokenizer(config.vocabulary)
 
-def _training_attention(config) -> str:
+def _training_attention(config, model) -> str:
     "The fastest attention to train with; on a CPU sdpa's backward takes half as long again as plain matrix products"
     if config.device.type != "cuda": return "eager"
-    return choose_attention("auto", config.device, torch.bfloat16 if config.bf16 else torch.float32)
+    return choose_attention("auto", config.device, torch.bfloat16 if config.bf16 else torch.float32, type(model))
 
 def _make_trainer(config, model, tokenizer, train: ProblemStream, held_out: list[Problem], callbacks) -> Trainer:
     "A trainer that validates by exact match"
@@ -344,7 +346,8 @@ def train_policy(config: SupervisedConfig) -> dict: # content of result.json; "s
     folder = Path(config.output_dir)
     checkpoint = open_run(folder, config.to_dict(), config.resume)
     model, tokenizer = start_policy(config)
-    model.set_attn_implementation(_training_attention(config))
+    loaded_with = model.config._attn_implementation
+    model.set_attn_implementation(_training_attention(config, model))
     train, held_out = make_samples(config, tokenizer)
     stop, started = StopCleanly(), time.time()
     trainer = _make_trainer(config, model, tokenizer, train, held_out, callbacks=[RunLog(folder), stop])
@@ -356,7 +359,7 @@ def train_policy(config: SupervisedConfig) -> dict: # content of result.json; "s
     if stop.asked: return result
     measured = trainer.evaluate()
     result |= {name: measured[name] for name in ("eval_loss", "eval_exact_match") if name in measured}
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(loaded_with)
     save_model(model, tokenizer, folder / "policy", dtype=getattr(torch, config.weights_dtype))
     write_json(folder / "result.json", result)
     return result

@@ -74,8 +74,8 @@ from ..base.files import write_json
 from ..base.run_folder import best_of, check_space, describe_lines, open_run, provenance, read_metrics
 from ..base.settings import setting
 from ..learn.config import BGRPOConfig
-from ..learn.trainer import BGRPOTrainer
-from ..policy.model import encode, load_model, load_tokenizer, save_model
+from ..learn.trainer import BGRPOTrainer, load_policy
+from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, show_progress
 from .wandb_logging import WandbPanels, start_wandb, stop_wandb
 from ..search.generation import sample
@@ -238,7 +238,7 @@ def train_bgrpo(config: TrainConfig,
     "Train by beams, validate, save; everything is in the run folder"
     train, held_out = choose_problems(config) if problems is None else (list(problems), list(held_out))
     data = _describe(config, train, held_out, given=problems is not None)
-    tokenizer, model = load_tokenizer(config.model), load_model(config.model, device="cpu")
+    model, tokenizer = load_policy(config.model, config)
     if config.max_completion_length is None: config.max_completion_length = answer_tokens(train + held_out)
     _check_lengths(tokenizer, model, train + held_out, config)
     main = config.process_index == 0

@@ -60,7 +60,7 @@ from ..base.assets import ASSETS
 from ..base.run_folder import checkpoints
 from ..learn.rewards import REWARDS, advantages_of, rewards_of
 from ..learn.trl_batching import trie_logps
-from ..policy.model import decode_completions, encode, load_model, load_tokenizer
+from ..policy.model import decode_completions, encode, load_model, load_tokenizer, token_names
 from ..search.generation import beam_search, sample
 from .explorer import Explorer, as_problem, in_view, text_box
 from ..solve.beam_filter import answer_tokens
@@ -136,7 +136,8 @@ def _paths(found): # Beams of one prompt -> their ids without padding, and their
     return [path for path, _ in filled], [score for _, score in filled]
 
 def _trace(tokenizer, problem, num_generations, temperature, nodes, paths, counts, scores, domain) -> Trace:
-    words, texts = tokenizer.convert_ids_to_tokens(range(len(tokenizer))), decode_completions(tokenizer, paths)
+    largest = max(path[-1] for path in nodes if path)
+    words, texts = token_names(tokenizer, range(largest + 1)), decode_completions(tokenizer, paths)
     verdicts = [verify(problem.expanded, text, domain) for text in texts]
     return Trace(problem, num_generations, temperature, words, nodes, paths, counts, texts, scores, verdicts)
 

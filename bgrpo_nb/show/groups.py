@@ -40,6 +40,7 @@ from ..algebra.polynomial import Verdict
 from ..algebra.problems import Problem
 from ..learn.rewards import REWARDS, advantages_of, rewards_of
 from ..learn.trl_batching import trie_logps
+from ..policy.model import token_names
 from .beams import completion_rows, read_policy, trace_beams
 from .explorer import Explorer, as_problem, in_view, text_box
 
@@ -148,7 +149,7 @@ def compare_group(before, after, tokenizer, problem: Problem, num_generations: i
 
 def _change(before, after, tokenizer, group: Group) -> GroupChange:
     rows = zip(group.input_ids[:, -group.longest:].tolist(), group.lengths.tolist())
-    words = [tokenizer.convert_ids_to_tokens(ids[:n]) for ids, n in rows]
+    words = [token_names(tokenizer, ids[:n]) for ids, n in rows]
     with torch.no_grad():
         return GroupChange(words, group.verdicts, group.advantages, group.logps(before), group.logps(after))
 

@@ -52,6 +52,7 @@ from ..algebra.notation import from_sympy, from_text, to_sympy
 from ..algebra.exact_decomposition import decompose_exact
 from ..algebra.polynomial import PrefixError, TooLargeError, canonical_inner, find_variables
 from ..algebra.problems import Problem
+from ..policy.loading import find_policy
 from ..policy.model import VOCABULARIES, load_model, load_tokenizer, words_of
 from .beam_filter import search_problems
 
@@ -67,10 +68,11 @@ class Decomposition(NamedTuple):
 
     def to_sympy(self): # (g, (h, ...)): SymPy expressions, h in the variable of f
         "The outer polynomial, and the inner ones"
+        from sympy import Symbol
         parts = self.inner.split(" & ")
         inners = [to_sympy(part) for part in parts]
         names = find_variables(self.inner.split())
-        if len(parts) == 1 and len(names) == 1: inners = [inners[0].subs(names[0], self.variable)]
+        if len(parts) == 1 and len(names) == 1: inners = [inners[0].subs(Symbol(names[0]), Symbol(self.variable))]
         return to_sympy(self.outer), tuple(inners)
 
     @property
@@ -181,11 +183,13 @@ def _add_beams(found: dict[str, Decomposition], searched, variable: str):
         elif found[key].beam_place is None: found[key] = found[key]._replace(beam_place=place, score=score)
 
 def _load(model):
-    "Policy and tokenizer, by name or folder; a policy itself gets the tokenizer of its vocabulary"
+    "Policy and tokenizer, by name or folder; a policy itself gets its folder's tokenizer, or that of its vocabulary"
     if isinstance(model, (str, Path)): return load_model(model), load_tokenizer(model)
-    return model, load_tokenizer(_vocabulary_of(model))
+    folder = model.config._name_or_path
+    return model, load_tokenizer(folder if folder and find_policy(folder) else _vocabulary_of(model))
 
 def _vocabulary_of(model) -> str: # the vocabulary whose size the model has
     for name in VOCABULARIES:
         if len(words_of(name)) == model.config.vocab_size: return name
-    return "multi"
+    raise ValueError(f"a policy of {model.config.vocab_size} words in memory does not say which tokenizer is its own; "
+                     "save both with save_model, and give the folder")

@@ -90,6 +90,7 @@ from ..algebra.exact_decomposition import decompose_exact
 from ..algebra.polynomial import degree, find_variables, verify
 from ..algebra.problems import Problem
 from ..base.files import write_json
+from ..policy.loading import check_finite
 from ..search.generation import beam_search, sample
 from .beam_filter import answer_tokens, in_batches, judge, prompts_per_batch
 from .result_store import ResultStore, StoredPass
@@ -315,6 +316,7 @@ def evaluate(model, tokenizer, problems: Sequence[Problem],
     widths = dict(num_beams=num_beams, wide_beams=wide_beams)
     if curve_beams: widths["curve_beams"] = curve_beams
     _require_positive(**widths, num_samples=num_samples)
+    check_finite(model)
     rule = dict(domain=domain, allow_trivial=allow_trivial)
     n = len(problems)
     searches = {k: n for k in (1, num_beams, wide_beams)} # width -> how many problems are searched so

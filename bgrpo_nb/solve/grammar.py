@@ -33,15 +33,25 @@ CHANGE = {"binary": 1, "leaf": -1, "sign": -1} # of the number of missing operan
 def _kinds(tokenizer, binary, signs, digits, separator, other): # of the words of each token: a list of lists
     "Every word is an operator, a sign, a digit, a separator, the end, something else, or a leaf"
     kind = dict.fromkeys(binary, "binary") | dict.fromkeys(signs, "sign") | dict.fromkeys(digits, "digit")
-    kind |= {separator: "separator", tokenizer.eos_token: "end"} | dict.fromkeys(other, "other")
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    return [[kind.get(word, "leaf") for word in token.split()] for token in tokens]
+    kind |= dict.fromkeys(tokenizer.all_special_tokens, "other") | dict.fromkeys(other, "other")
+    kind |= {separator: "separator", tokenizer.eos_token: "end"}
+    token_of = {i: token for token, i in tokenizer.get_vocab().items()}
+    tokens = [token_of.get(i, "") for i in range(max(token_of) + 1)]
+    return [[kind.get(word, "leaf") for word in token.split()] or ["other"] for token in tokens]
+
+def _check_words(tokenizer):
+    "ValueError unless every token is one or more whole words"
+    kind = type(tokenizer.backend_tokenizer.model).__name__ if hasattr(tokenizer, "backend_tokenizer") else "none"
+    if kind != "WordLevel":
+        raise ValueError(f"a grammar needs tokens that are whole words, and this tokenizer cuts words (its model is "
+                         f"{kind}, not WordLevel); search without the grammar")
 
 # %% ../../nbs/03b_grammar.ipynb #51c207f7
 class PrefixGrammar(LogitsProcessor):
     "Only well-formed prefix notation; works with every search here and with `generate`"
     def __init__(self, tokenizer, prompt_length: int, # P, with padding
                  binary=("+", "*", "^"), signs=("P", "N"), digits=tuple("0123456789"), separator="&", other=("□",)):
+        _check_words(tokenizer)
         self.prompt_length = prompt_length
         kinds = _kinds(tokenizer, binary, signs, digits, separator, other)
         def mark(i, *names): return torch.tensor([words[i] in names for words in kinds])
@@ -50,18 +60,22 @@ class PrefixGrammar(LogitsProcessor):
         self.last = {name: mark(-1, name) for name in ("digit", "sign", "separator")}
         self.opens = torch.tensor([sum(CHANGE.get(kind, 0) for kind in words) for words in kinds])
 
-    def to(self, device):
-        "The marks, moved to a device once"
-        if self.opens.device == device: return self
-        self.first = {name: x.to(device) for name, x in self.first.items()}
-        self.last = {name: x.to(device) for name, x in self.last.items()}
-        self.opens = self.opens.to(device)
+    def to(self, device,
+           size: int): # V, of the model
+        "The marks, moved to a device and lengthened to the model's vocabulary once"
+        have = len(self.opens)
+        if size < have: raise ValueError(f"the tokenizer has {have} tokens and the model only {size}; give its own")
+        if (self.opens.device, have) == (device, size): return self
+        def fitted(marks): return torch.nn.functional.pad(marks, (0, size - have)).to(device)    # no token: no mark
+        self.first = {name: fitted(x) for name, x in self.first.items()}
+        self.last = {name: fitted(x) for name, x in self.last.items()}
+        self.opens = fitted(self.opens)
         return self
 
     def __call__(self, input_ids, # (N, P + t)
                  scores):         # (N, V)
         "Scores with -inf for every token that cannot follow"
-        first, last = self.to(input_ids.device).first, self.last
+        first, last = self.to(input_ids.device, scores.shape[-1]).first, self.last
         written = input_ids[:, self.prompt_length:]
         separators = last["separator"][written].long()
         is_current = separators.flip(1).cumsum(1).flip(1) == 0   # behind the last separator
