@@ -50,7 +50,7 @@ The tree changes how a search stores its keys and values, and leaves the model's
 
 # %% auto #0
 __all__ = ['TREE_ATTENTION', 'TreeCache', 'tree_attention', 'without_wrappers', 'tree_attention_on', 'BeamTree',
-           'why_no_tree']
+           'frequencies_change', 'why_no_tree']
 
 # %% ../../nbs/02a_beam_tree.ipynb #358ac0ec
 import inspect
@@ -219,6 +219,15 @@ class BeamTree:
         self.positions = attention_mask.sum(1, keepdim=True) # (B, 1) of the next tokens
         self.next_node = torch.zeros((), dtype=torch.long, device=input_ids.device) # a tensor, for static trees
 
+    check_every = 8                              # steps of a static tree between two waits for the device
+
+    def attention(self): return tree_attention_on(self.model)
+
+    def paths(self, K: int) -> Tensor: # (B, K, nodes) bool
+        "Of K beams of each prompt that have written nothing"
+        nodes = self.room if self.static else 0
+        return torch.zeros(len(self.input_ids), K, nodes, dtype=torch.bool, device=self.input_ids.device)
+
 # %% ../../nbs/02a_beam_tree.ipynb #8f019379
 @patch
 def read_prompts(self:BeamTree) -> Tensor: # (B, V) float32: logits of the first token
@@ -291,7 +300,14 @@ def sweep(self:BeamTree,
     return ancestors.gather(2, nodes[:, None].expand(-1, ancestors.shape[1], -1))
 
 # %% ../../nbs/02a_beam_tree.ipynb #1832324c
-_PROBED = WeakKeyDictionary()
+def frequencies_change(model, length: int) -> int | None: # tokens of a text, and after how many they change
+    "Rotary positions of the kinds longrope and dynamic turn all keys anew once a text has outgrown its original length"
+    config = without_wrappers(model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    of_layers = [x for x in rope.values() if isinstance(x, dict)] or [rope]      # some families have one for each kind
+    limits = [x.get("original_max_position_embeddings") or config.max_position_embeddings
+              for x in of_layers if x.get("rope_type") in ("longrope", "dynamic")]
+    return next((limit for limit in limits if length > limit), None)
 
 def _ruled_out(model, length) -> str | None:
     "What a model's configuration says against a tree"
@@ -308,15 +324,15 @@ def _ruled_out(model, length) -> str | None:
     slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     if window and slides and length > window:
         return f"its window of {window} tokens is shorter than prompt and completion ({length})"
+    limit = frequencies_change(model, length)
+    if limit: return f"its rotary frequencies change after {limit} tokens, and prompt and completion are longer ({length})"
 
 def why_no_tree(model, length: int, # tokens of the longest prompt and completion together
                 ) -> str | None:
     "What keeps a model from growing a beam tree; None if nothing does"
     model = without_wrappers(model)
     reason = _ruled_out(model, length)
-    if reason is not None: return reason
-    if model not in _PROBED: _PROBED[model] = _probe(model)
-    return _PROBED[model]
+    return _probed(model) if reason is None else reason
 
 # %% ../../nbs/02a_beam_tree.ipynb #b83e61ff
 def _probe_logits(model, prompts, mask, path): # of the second beam, continued twice: (B, V)
@@ -356,3 +372,18 @@ def _probe(model) -> str | None:
         first_line = str(e).splitlines()[0][:80] if str(e) else ""
         return f"it does not accept a tree ({type(e).__name__}: {first_line})"
     return None
+
+_PROBED = WeakKeyDictionary()                    # model -> norms of its weights when it was probed, and the answer
+
+@torch.no_grad()
+def _norms(model) -> list[float]: # of up to about 1,000 numbers of each weight, spread over it
+    weights = [x.detach().flatten() for x in model.parameters() if x.is_floating_point()]
+    return torch.stack(torch._foreach_norm([x[::len(x) // 1024 + 1].float() for x in weights])).tolist()
+
+def _probed(model) -> str | None:
+    "The probe's answer; asked again once any weight has grown to twice what it was"
+    norms = _norms(model)
+    before, answer = _PROBED.get(model, ([], None))
+    grown = len(before) != len(norms) or any(new > 2 * old for old, new in zip(before, norms))
+    if grown: _PROBED[model] = norms, (answer := _probe(model))
+    return answer

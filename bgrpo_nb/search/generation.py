@@ -34,8 +34,8 @@ They use the same tree: samples of one prompt share it. Greedy decoding is a bea
 
 ## Families without a tree
 
-Where `why_no_tree` gives a reason, a search uses `generate`, which reads the prompt K times and sets ended beams
-aside. There is one warning per model class and reason.
+Where `why_no_tree` gives a reason, a search runs over rows: the prompt is read K times, and what is found is the
+same. There is one warning per model class and reason.
 
 ## What it costs
 
@@ -58,7 +58,6 @@ __all__ = ['Beams', 'beam_search', 'greedy', 'sample']
 
 # %% ../../nbs/03_generation.ipynb #a9feca5c
 import warnings
-from contextlib import contextmanager
 from functools import wraps
 from typing import NamedTuple
 
@@ -67,10 +66,11 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor
+from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, StoppingCriteriaList
 
 # %% ../../nbs/03_generation.ipynb #ded3d7f8
-from .beam_tree import BeamTree, tree_attention_on, why_no_tree, without_wrappers
+from .beam_rows import on_rows
+from .beam_tree import BeamTree, frequencies_change, why_no_tree, without_wrappers
 from .packed_weights import forget_packed, packed_linears
 
 # %% ../../nbs/03_generation.ipynb #d88e1ec3
@@ -195,19 +195,20 @@ class _Decoding:
     "B prompts with K beams each: what they have written, and how to write more"
     def __init__(self, tree,
                  scores: Tensor, # (B, K): 0 for beams that exist from the start, -inf for empty ones
-                 C: int, eos: Tensor, pad: int, processor):
+                 C: int, eos: Tensor, pad: int, processor, criteria):
         (B, K), device = scores.shape, scores.device
-        if type(processor) is list: processor = LogitsProcessorList(processor)
-        self.tree, self.static, self.eos, self.pad, self.processor = tree, tree.static, eos, pad, processor
+        self.tree, self.static, self.eos, self.pad = tree, tree.static, eos, pad
+        self.processor, self.criteria = processor, criteria
         self.rows = torch.arange(B, device=device)               # the prompts that are still in the batch
         self.step = 0                                            # tokens that every open beam has written
         self.column = torch.zeros(1, 1, 1, dtype=torch.long, device=device) # the same number, on the device
         self.scores, self.ended = scores, scores == -torch.inf
         self.written = torch.full((B, K, C), pad, device=device)
         self.tokens = torch.full((B, K), pad, device=device)     # the last ones
-        self.ancestors = torch.zeros(B, K, tree.room if self.static else 0, dtype=torch.bool, device=device)
+        self.lengths = torch.zeros(B, K, dtype=torch.long, device=device)
+        self.ancestors = tree.paths(K)
         self.order = self._open_first()
-        self.out = scores.clone(), self.written.clone()          # results of prompts that have left the batch
+        self.out = Beams(self.written.clone(), scores.clone(), self.lengths.clone()) # of prompts that have left
 
     def _open_first(self) -> Tensor: # (B, Q) long
         "The beams to forward: all with static shapes, else only as many as are open"
@@ -231,8 +232,16 @@ def write(self:_Decoding, scores, parents, tokens, ended): # (B, K) each
     at = self.column.expand(*tokens.shape, 1)
     written = self._of(self.written, parents).scatter(2, at, tokens[..., None])
     ends_here = (tokens[..., None] == self.eos).any(-1)
+    if self.criteria: ends_here = ends_here | self.criteria(self._texts(written[..., :self.step + 1]), None).view_as(ended)
     self._update(scores=scores, tokens=tokens, written=written, column=self.column + 1,
+                 lengths=self.lengths.gather(1, parents) + ~ended,
                  ancestors=self._of(self.ancestors, parents), ended=ended | ends_here | (scores == -torch.inf))
+
+@patch
+def _texts(self:_Decoding, written): # (B, Q, n) -> (B * Q, P + n)
+    "Prompt and completion as one row, for what Transformers applies to rows"
+    prompts = self.tree.input_ids[self.rows][:, None].expand(-1, written.shape[1], -1)
+    return torch.cat([prompts, written], -1).flatten(0, 1)
 
 # %% ../../nbs/03_generation.ipynb #bb88af66
 @patch
@@ -251,19 +260,17 @@ def forward(self:_Decoding):
     self._update(logits=logits, ancestors=seen)
 
 @patch
-def process(self:_Decoding, logp): # (B, Q, V), the same
-    "What the logits processor makes of log-probabilities"
-    if self.processor is None: return logp
-    written = self._of(self.written, self.order)[..., :self.step]
-    prompts = self.tree.input_ids[self.rows][:, None].expand(-1, written.shape[1], -1)
-    texts = torch.cat([prompts, written], -1).flatten(0, 1)
-    return self.processor(texts, logp.flatten(0, 1)).view_as(logp)
+def process(self:_Decoding, logits): # (B, Q, V), the same
+    "What the logits processors make of logits, or of log-probabilities"
+    if not self.processor: return logits
+    texts = self._texts(self._of(self.written, self.order)[..., :self.step])
+    return self.processor(texts, logits.flatten(0, 1)).view_as(logits)
 
 # %% ../../nbs/03_generation.ipynb #be9399b6
 @patch
 def over(self:_Decoding) -> bool:
     "Whether nothing is open any more; finished prompts leave the batch"
-    if self.static: return self.step % 8 == 0 and bool(self.ended.all()) # the only wait for the device
+    if self.static: return self.step % self.tree.check_every == 0 and bool(self.ended.all()) # waits for the device
     done = self.ended.all(1)
     if done.all(): return True
     if 4 * int(done.sum()) >= len(done): self._leave(done)
@@ -275,21 +282,20 @@ def over(self:_Decoding) -> bool:
 def _leave(self:_Decoding, done): # (b,) bool
     self._store(done)
     self.tree.keep_prompts((~done).nonzero()[:, 0])
-    for name in ("rows", "scores", "tokens", "written", "ancestors", "ended"):
+    for name in ("rows", "scores", "tokens", "written", "lengths", "ancestors", "ended"):
         setattr(self, name, getattr(self, name)[~done])
 
 @patch
 def _store(self:_Decoding, chosen): # (b,) bool
-    for whole, part in zip(self.out, (self.scores, self.written)): whole[self.rows[chosen]] = part[chosen]
+    found = Beams(self.written, self.scores, self.lengths)
+    for whole, part in zip(self.out, found): whole[self.rows[chosen]] = part[chosen]
 
 @patch
 def result(self:_Decoding) -> Beams:
     "All prompts' beams, cut to the longest sequence and to the beams that exist"
     self._store(torch.ones_like(self.rows, dtype=torch.bool))
-    scores, written = self.out
-    is_end = (written[..., :self.step, None] == self.eos).any(-1)
-    first_end = is_end.int().argmax(-1)
-    lengths = torch.where(is_end.any(-1), first_end + 1, self.step).masked_fill(scores == -torch.inf, 0)
+    written, scores, lengths = self.out
+    lengths = lengths.masked_fill(scores == -torch.inf, 0)
     K, C = max(int((lengths > 0).sum(1).max()), 1), max(int(lengths.max()), 1)
     after_end = torch.arange(written.shape[2], device=written.device) >= lengths[..., None]
     written.masked_fill_(after_end, self.pad)
@@ -298,19 +304,23 @@ def result(self:_Decoding) -> Beams:
 # %% ../../nbs/03_generation.ipynb #c42cb547
 def _counts_rows(processor) -> bool:
     "It finds a row's prompt by the row's number, so it needs K rows of every prompt at every step"
-    parts = processor if isinstance(processor, list) else [processor]
-    return any(isinstance(part, PrefixConstrainedLogitsProcessor) for part in parts)
+    if isinstance(processor, PrefixConstrainedLogitsProcessor): return True
+    return isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
 
 def _tree(model, input_ids, attention_mask, K, C, static, processor=None) -> BeamTree:
     "Prompts with room for all nodes where shapes are static, and for a few steps elsewhere"
-    if static == "capture" and not input_ids.is_cuda:
-        raise ValueError("static='capture' records a CUDA graph: move the model to a CUDA device, or use static=True")
-    if static == "capture" and processor is not None:
-        raise ValueError("static='capture' records one step for all: it takes no logits_processor")
     if static is None: static = input_ids.device.type != "cpu"
-    if _counts_rows(processor): static = True
+    if any(map(_counts_rows, processor or ())): static = True
     room = K * (C - 1) if static else K * min(C - 1, 8)
     return BeamTree(model, input_ids, attention_mask, room=room, static=bool(static))
+
+def _check_capture(static, on_cuda: bool, by_python: bool): # whether Python code takes part in a step
+    if static != "capture": return
+    if not on_cuda:
+        raise ValueError("static='capture' records a CUDA graph: move the model to a CUDA device, or use static=True")
+    if by_python:
+        raise ValueError("static='capture' records one step for all: it takes no logits_processor and no "
+                         "stopping_criteria; use static=True")
 
 def _captured(advance):
     "The step as a CUDA graph: a function that replays it"
@@ -325,7 +335,7 @@ def _run(model, search, pick, C, capture=False) -> Beams:
         pick()
     with packed_linears(model, rows=search.scores.numel(), products=C):
         search.read_prompts()
-        with tree_attention_on(model):
+        with search.tree.attention():
             pick()
             for search.step in range(1, C):
                 if search.over(): return search.result()
@@ -333,6 +343,36 @@ def _run(model, search, pick, C, capture=False) -> Beams:
                 advance()
             search.step = C
             return search.result()
+
+# %% ../../nbs/03_generation.ipynb #5f0e0b12
+_WARNED = set()
+
+def _warn_once(model, reason):
+    "The reason may end with a length in brackets, which changes from batch to batch"
+    key = type(model).__name__, reason.split(" (")[0]
+    if key in _WARNED: return
+    _WARNED.add(key)
+    warnings.warn(f"{key[0]} is searched without a beam tree, which is slower: {reason}", stacklevel=5)
+
+def _search(model, input_ids, attention_mask, start, pick, C, # tokens at most
+            eos_token_id, pad_token_id, processor, criteria, static) -> Beams:
+    "Write up to C tokens after each prompt: from `start`, (B, K) scores, a token of every beam at each `pick`"
+    K, eos = start.shape[1], _ids(eos_token_id, input_ids.device)
+    processor = _as_list(processor, LogitsProcessorList)
+    criteria = _as_list(criteria, StoppingCriteriaList)
+    _check_capture(static, input_ids.is_cuda, bool(processor or criteria))
+    def run(tree):
+        search = _Decoding(tree, start, C, eos, pad_token_id, processor, criteria)
+        return _run(model, search, lambda: pick(search), C, static == "capture")
+    reason = why_no_tree(model, input_ids.shape[1] + C)
+    if reason is None: return run(_tree(model, input_ids, attention_mask, K, C, static, processor))
+    if static == "capture": raise ValueError(f"static='capture' needs a beam tree: {reason}; leave static out")
+    _warn_once(without_wrappers(model), reason)
+    return on_rows(model, input_ids, attention_mask, K, C, run, use_cache=not frequencies_change(model, input_ids.shape[1] + C))
+
+def _as_list(given, kind: type): # one, several or None -> a list of Transformers' kind, or None
+    if given is None or isinstance(given, kind): return given
+    return kind(given if isinstance(given, (list, tuple)) else [given])
 
 # %% ../../nbs/03_generation.ipynb #c42cb546
 @_inference
@@ -343,40 +383,35 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 eos_token_id,             # id, ids, or None
                 pad_token_id: int,
                 logits_processor=None,    # one of Transformers' processors, or a list, for log-probabilities
+                stopping_criteria=None,   # one of Transformers' criteria, or a list: what else ends a beam
                 static: bool | str | None = None, # fixed shapes; None: on an accelerator; "capture": a CUDA graph
                 ) -> Beams: # best first; fewer than K where fewer sequences exist
     "The K sequences that a beam search finds for each prompt, each prompt read once"
     attention_mask = _check(model, input_ids, attention_mask, num_beams, max_new_tokens)
-    reason = why_no_tree(model, input_ids.shape[1] + max_new_tokens)
-    if reason:
-        return _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id,
-                            logits_processor, num_beams=num_beams, num_return_sequences=num_beams, length_penalty=0.0)
-    tree = _tree(model, input_ids, attention_mask, num_beams, max_new_tokens, static, logits_processor)
-    scores = torch.full((len(input_ids), num_beams), -torch.inf, device=input_ids.device)
-    scores[:, 0] = 0                                         # one beam, which has written nothing
-    eos = _ids(eos_token_id, input_ids.device)
-    search = _Decoding(tree, scores, max_new_tokens, eos, pad_token_id, logits_processor)
-    def pick():
+    start = torch.full((len(input_ids), num_beams), -torch.inf, device=input_ids.device)
+    start[:, 0] = 0                                          # one beam, which has written nothing
+    def pick(search):
         logp = search.process(search.logits.log_softmax(-1))
         search.write(*_best_candidates(search.scores, search.ended, search.order, logp, pad_token_id))
-    return _run(model, search, pick, max_new_tokens, static == "capture")
+    return _search(model, input_ids, attention_mask, start, pick, max_new_tokens, eos_token_id, pad_token_id,
+                   logits_processor, stopping_criteria, static)
 
 # %% ../../nbs/03_generation.ipynb #3e4ea040
 def greedy(model, input_ids: Tensor, # (B, P) long, left padded
            attention_mask: Tensor | None = None, # (B, P)
            *, max_new_tokens: int, eos_token_id, pad_token_id: int, # as in `beam_search`
-           logits_processor=None, static: bool | str | None = None, # as in `beam_search`
+           logits_processor=None, stopping_criteria=None, static: bool | str | None = None, # as in `beam_search`
            ) -> Beams: # K = 1
     "The most likely token at each step"
     return beam_search(model, input_ids, attention_mask, num_beams=1, max_new_tokens=max_new_tokens,
                        eos_token_id=eos_token_id, pad_token_id=pad_token_id, logits_processor=logits_processor,
-                       static=static)
+                       stopping_criteria=stopping_criteria, static=static)
 
 # %% ../../nbs/03_generation.ipynb #c654b55f
 def _draw(search, temperature, generator):
     "A token for every open sample; samples keep their order"
     logp = search.logits.log_softmax(-1)
-    chances = search.process(logp / temperature).softmax(-1)
+    chances = (search.process(search.logits) / temperature).softmax(-1)
     drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(search.order.shape)
     gains = logp.gather(2, drawn[..., None])[..., 0]
     tokens = torch.full_like(search.tokens, search.pad).scatter(1, search.order, drawn)
@@ -391,9 +426,10 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
            attention_mask: Tensor | None = None, # (B, P)
            *, num_return_sequences: int = 1, # K
            max_new_tokens: int, eos_token_id, pad_token_id: int, # as in `beam_search`
-           temperature: float = 1.0, # above 0
+           temperature: float = 1.0, # above 0; divides what the processors return
            generator: torch.Generator | None = None, # of the random numbers; torch's global one by default
-           logits_processor=None, # for instance Transformers' TopPLogitsWarper
+           logits_processor=None,   # one of Transformers' processors, or a list, for logits
+           stopping_criteria=None,  # as in `beam_search`
            static: bool | None = None, # shapes that never change; None: on an accelerator
            ) -> Beams: # in the order of drawing; scores are the policy's own, at temperature 1
     "K independent samples of each prompt, each prompt read once"
@@ -401,70 +437,8 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
     attention_mask = _check(model, input_ids, attention_mask, K, C)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} draws nothing; use a number above 0, or greedy()")
-    reason = why_no_tree(model, input_ids.shape[1] + C)
-    if reason:
-        return _by_generate(model, input_ids, attention_mask, reason, C, eos_token_id, pad_token_id, logits_processor,
-                            temperature=temperature, do_sample=True, num_return_sequences=K)
-    tree = _tree(model, input_ids, attention_mask, K, C, static, logits_processor)
-    scores = torch.zeros(len(input_ids), K, device=input_ids.device)
-    search = _Decoding(tree, scores, C, _ids(eos_token_id, input_ids.device), pad_token_id, logits_processor)
-    def pick(): _draw(search, temperature, generator)
-    return _run(model, search, pick, C)
-
-# %% ../../nbs/03_generation.ipynb #bc16412e
-_WARNED = set()
-
-def _warn_once(model, reason):
-    "The reason may end with a length in brackets, which changes from batch to batch"
-    key = type(model).__name__, reason.split(" (")[0]
-    if key in _WARNED: return
-    _WARNED.add(key)
-    warnings.warn(f"{key[0]} goes through generate(), which is slower: {reason}", stacklevel=5)
-
-@contextmanager
-def _own_settings_off(model):
-    "`generate` fills every setting that is None from the model's own configuration, so this one is empty"
-    owner = model.get_base_model() if hasattr(type(model), "get_base_model") else model # PEFT's prompt learning
-    before = owner.generation_config
-    owner.generation_config = GenerationConfig()
-    try: yield
-    finally: owner.generation_config = before
-
-class _AsInTheTree:
-    "Processors read what they read in a tree: log-probabilities at the temperature"
-    def __init__(self, temperature): self.temperature = temperature
-    def __call__(self, ids, logits): return logits.log_softmax(-1) / self.temperature
-
-def _processors(processor, temperature): # the processors for `generate`, and the temperature that is left to it
-    if processor is None: return None, temperature
-    own = processor if isinstance(processor, list) else [processor]
-    return LogitsProcessorList([_AsInTheTree(temperature), *own]), 1.0
-
-def _by_generate(model, input_ids, attention_mask, reason, max_new_tokens, eos_token_id, pad_token_id, processor,
-                 temperature=1.0, **how) -> Beams:
-    "The same search through Transformers' own loop"
-    model = without_wrappers(model)
-    _warn_once(model, reason)
-    processors, temperature = _processors(processor, temperature)
-    ends = None if eos_token_id is None else _ids(eos_token_id, "cpu").tolist()
-    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad_token_id,
-                                temperature=temperature, top_k=0, return_dict_in_generate=True, output_scores=True,
-                                output_logits=True, **how)
-    with _own_settings_off(model):
-        out = model.generate(input_ids, attention_mask=attention_mask, generation_config=settings,
-                             logits_processor=processors)
-    tokens = out.sequences[:, input_ids.shape[1]:]
-    is_end = torch.isin(tokens, _ids(eos_token_id, tokens.device)).int()
-    up_to_end = is_end.cumsum(1) - is_end == 0
-    B, K = len(input_ids), how["num_return_sequences"]
-    if "num_beams" in how and K > 1: scores = out.sequences_scores
-    elif "num_beams" in how and processors: scores = _summed(out.scores, tokens, up_to_end) # of processed beams
-    else: scores = _summed([x.float().log_softmax(-1) for x in out.logits], tokens, up_to_end)
-    scores = torch.where(scores < -1e8, -torch.inf, scores.float()).view(B, K) # padding with duplicates
-    lengths = up_to_end.sum(1).view(B, K).masked_fill(scores == -torch.inf, 0)
-    return Beams(tokens.masked_fill(~up_to_end, pad_token_id).view(B, K, -1), scores, lengths)
-
-def _summed(logps, tokens, counts): # C of (N, V); (N, C) long; (N, C) bool -> (N,) nats
-    "Log-probability of the tokens that count"
-    chosen = [logp.float().gather(1, tokens[:, c:c + 1]) for c, logp in enumerate(logps)]
-    return torch.cat(chosen, 1).masked_fill(~counts, 0).sum(1)
+    if static == "capture": raise ValueError("static='capture' is for beams: use static=True")
+    start = torch.zeros(len(input_ids), K, device=input_ids.device)
+    def pick(search): _draw(search, temperature, generator)
+    return _search(model, input_ids, attention_mask, start, pick, C, eos_token_id, pad_token_id, logits_processor,
+                   stopping_criteria, static)
