@@ -25,6 +25,8 @@ Folders and modules, from the ground up:
   once.
 - `search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any causal model of
   Transformers.
+- `search.generation_settings`: The names of `generate`, such as top_p and stop_strings, for searches: each is
+  obeyed, or refused in one line.
 - `search.packed_weights`: A guide to the key-value cache; then packed weights, compiled and captured steps, and
   what each of them costs.
 

@@ -332,6 +332,8 @@ d = {
     ('config.html#_faults', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_groups':
     ('config.html#_faults_of_groups', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_sampling':
+    ('config.html#_faults_of_sampling', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_with_beams':
     ('config.html#_faults_with_beams', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._processes':
@@ -876,6 +878,26 @@ d = {
     ('generation.html#greedy', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.sample':
     ('generation.html#sample', 'bgrpo_nb/search/generation.py'),
+  },
+  'bgrpo_nb.search.generation_settings': {
+   'bgrpo_nb.search.generation_settings.StopStrings':
+    ('generation_settings.html#stopstrings', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings.StopStrings.__call__':
+    ('generation_settings.html#stopstrings.__call__', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings.StopStrings.__init__':
+    ('generation_settings.html#stopstrings.__init__', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._NoModel':
+    ('generation_settings.html#_nomodel', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._criteria':
+    ('generation_settings.html#_criteria', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._processors':
+    ('generation_settings.html#_processors', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._unknown':
+    ('generation_settings.html#_unknown', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings.faults_of':
+    ('generation_settings.html#faults_of', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings.search_arguments':
+    ('generation_settings.html#search_arguments', 'bgrpo_nb/search/generation_settings.py'),
   },
   'bgrpo_nb.search.packed_weights': {
    'bgrpo_nb.search.packed_weights._fits':

@@ -109,4 +109,5 @@ def on_rows(model,
     settings = GenerationConfig(max_new_tokens=C, do_sample=True, num_return_sequences=K, use_cache=use_cache)
     model = without_wrappers(model)
     with _own_settings_off(model):
-        return model.generate(input_ids, attention_mask=attention_mask, generation_config=settings, custom_generate=loop)
+        return model.generate(input_ids, attention_mask=attention_mask, generation_config=settings,
+                              custom_generate=loop)

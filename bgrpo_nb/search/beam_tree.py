@@ -325,7 +325,7 @@ def _ruled_out(model, length) -> str | None:
     if window and slides and length > window:
         return f"its window of {window} tokens is shorter than prompt and completion ({length})"
     limit = frequencies_change(model, length)
-    if limit: return f"its rotary frequencies change after {limit} tokens, and prompt and completion are longer ({length})"
+    if limit: return f"its frequencies change after {limit} tokens, which prompt and completion exceed ({length})"
 
 def why_no_tree(model, length: int, # tokens of the longest prompt and completion together
                 ) -> str | None:

@@ -232,7 +232,9 @@ def write(self:_Decoding, scores, parents, tokens, ended): # (B, K) each
     at = self.column.expand(*tokens.shape, 1)
     written = self._of(self.written, parents).scatter(2, at, tokens[..., None])
     ends_here = (tokens[..., None] == self.eos).any(-1)
-    if self.criteria: ends_here = ends_here | self.criteria(self._texts(written[..., :self.step + 1]), None).view_as(ended)
+    if self.criteria:
+        texts = self._texts(written[..., :self.step + 1])
+        ends_here = ends_here | self.criteria(texts, None).view_as(ended)
     self._update(scores=scores, tokens=tokens, written=written, column=self.column + 1,
                  lengths=self.lengths.gather(1, parents) + ~ended,
                  ancestors=self._of(self.ancestors, parents), ended=ended | ends_here | (scores == -torch.inf))
@@ -368,7 +370,8 @@ def _search(model, input_ids, attention_mask, start, pick, C, # tokens at most
     if reason is None: return run(_tree(model, input_ids, attention_mask, K, C, static, processor))
     if static == "capture": raise ValueError(f"static='capture' needs a beam tree: {reason}; leave static out")
     _warn_once(without_wrappers(model), reason)
-    return on_rows(model, input_ids, attention_mask, K, C, run, use_cache=not frequencies_change(model, input_ids.shape[1] + C))
+    use_cache = not frequencies_change(model, input_ids.shape[1] + C)
+    return on_rows(model, input_ids, attention_mask, K, C, run, use_cache)
 
 def _as_list(given, kind: type): # one, several or None -> a list of Transformers' kind, or None
     if given is None or isinstance(given, kind): return given
