@@ -890,6 +890,8 @@ d = {
     ('generation_settings.html#_nomodel', 'bgrpo_nb/search/generation_settings.py'),
    'bgrpo_nb.search.generation_settings._criteria':
     ('generation_settings.html#_criteria', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._of_draws':
+    ('generation_settings.html#_of_draws', 'bgrpo_nb/search/generation_settings.py'),
    'bgrpo_nb.search.generation_settings._processors':
     ('generation_settings.html#_processors', 'bgrpo_nb/search/generation_settings.py'),
    'bgrpo_nb.search.generation_settings._unknown':

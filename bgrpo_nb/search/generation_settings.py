@@ -80,15 +80,24 @@ def faults_of(settings: dict,        # names and values of GenerationConfig
               ) -> Iterator[str]:    # a message for each setting that cannot be obeyed
     "What is wrong with generation settings, before anything is searched"
     for name, value in settings.items():
-        if name in ONLY_SAMPLES:
-            if not samples and value not in (None, ONLY_SAMPLES[name]):
-                yield f"{name}={value} has no meaning for beams, which are not drawn; leave it out, or draw samples"
-        elif name not in EVERY_SEARCH: yield _unknown(name)
+        if name in ONLY_SAMPLES and value not in (None, ONLY_SAMPLES[name]): yield from _of_draws(name, value, samples)
+        elif name not in (*ONLY_SAMPLES, *EVERY_SEARCH): yield _unknown(name)
     cache = settings.get("cache_implementation")
     if cache not in (None, *STATIC):
         yield f"cache_implementation={cache!r} is no cache of a search; use 'static' or 'dynamic', or leave it out"
-    try: _processors(settings, samples, prompt_length=1, max_length=2, eos=torch.tensor([0]))
+    try: _processors(settings, False, *_TRIAL)
     except (TypeError, ValueError) as e: yield f"the generation settings cannot work; correct this value: {e}"
+
+_TRIAL = 1, 2, torch.tensor([0])                                       # prompt_length, max_length, eos
+
+def _of_draws(name, value, samples):
+    if not samples:
+        yield f"{name}={value} has no meaning for beams, which are not drawn; leave it out, or draw samples"
+        return
+    try: works = _processors({name: value}, True, *_TRIAL)
+    except (TypeError, ValueError) as e: works, reason = False, f" ({e})"
+    else: reason = ""
+    if not works: yield f"{name}={value} cannot work{reason}; {ONLY_SAMPLES[name]} turns it off"
 
 def _unknown(name):
     if name in INSTEAD: return f"a search does not take {name!r} as a setting; {INSTEAD[name]}"
