@@ -712,10 +712,22 @@ d = {
     ('beam_rows.html#beamrows.paths', 'bgrpo_nb/search/beam_rows.py'),
    'bgrpo_nb.search.beam_rows.BeamRows.read_prompts':
     ('beam_rows.html#beamrows.read_prompts', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.WholeTexts':
+    ('beam_rows.html#wholetexts', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.WholeTexts.__init__':
+    ('beam_rows.html#wholetexts.__init__', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.WholeTexts._copy':
+    ('beam_rows.html#wholetexts._copy', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.WholeTexts._forward':
+    ('beam_rows.html#wholetexts._forward', 'bgrpo_nb/search/beam_rows.py'),
    'bgrpo_nb.search.beam_rows._own_settings_off':
     ('beam_rows.html#_own_settings_off', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows._probe_rows':
+    ('beam_rows.html#_probe_rows', 'bgrpo_nb/search/beam_rows.py'),
    'bgrpo_nb.search.beam_rows.on_rows':
     ('beam_rows.html#on_rows', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.why_no_cache':
+    ('beam_rows.html#why_no_cache', 'bgrpo_nb/search/beam_rows.py'),
   },
   'bgrpo_nb.search.beam_tree': {
    'bgrpo_nb.search.beam_tree.BeamTree':
@@ -782,8 +794,6 @@ d = {
     ('beam_tree.html#_probe', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe_logits':
     ('beam_tree.html#_probe_logits', 'bgrpo_nb/search/beam_tree.py'),
-   'bgrpo_nb.search.beam_tree._probed':
-    ('beam_tree.html#_probed', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._ruled_out':
     ('beam_tree.html#_ruled_out', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._soft_capped':
@@ -792,8 +802,12 @@ d = {
     ('beam_tree.html#_tolerance', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._whole_mask':
     ('beam_tree.html#_whole_mask', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.differs':
+    ('beam_tree.html#differs', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.frequencies_change':
     ('beam_tree.html#frequencies_change', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.probed':
+    ('beam_tree.html#probed', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.tree_attention':
     ('beam_tree.html#tree_attention', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.tree_attention_on':

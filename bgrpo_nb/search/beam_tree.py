@@ -50,10 +50,11 @@ The tree changes how a search stores its keys and values, and leaves the model's
 
 # %% auto #0
 __all__ = ['TREE_ATTENTION', 'TreeCache', 'tree_attention', 'without_wrappers', 'tree_attention_on', 'BeamTree',
-           'frequencies_change', 'why_no_tree']
+           'frequencies_change', 'why_no_tree', 'differs', 'probed']
 
 # %% ../../nbs/02a_beam_tree.ipynb #358ac0ec
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -332,7 +333,7 @@ def why_no_tree(model, length: int, # tokens of the longest prompt and completio
     "What keeps a model from growing a beam tree; None if nothing does"
     model = without_wrappers(model)
     reason = _ruled_out(model, length)
-    return _probed(model) if reason is None else reason
+    return probed(model, _probe) if reason is None else reason
 
 # %% ../../nbs/02a_beam_tree.ipynb #b83e61ff
 def _probe_logits(model, prompts, mask, path): # of the second beam, continued twice: (B, V)
@@ -352,6 +353,14 @@ def _tolerance(logits: Tensor, dtype) -> Tensor: # (V,) float32, from a model of
     rounding = 8 * torch.finfo(dtype).eps * logits.abs().max()
     return 0.01 * logits.std() + rounding
 
+def differs(model, found: Tensor, prompts, mask, path) -> str | None: # (2, V) logits of the second beam
+    "Whether logits of a probe are not those of plain forwards"
+    for b in range(2):
+        row = torch.cat([prompts[b][mask[b].bool()], path[b, [1, 1]]])[None]
+        plain = model(input_ids=row).logits[0, -1].float()
+        if not (found[b] - plain).abs().max() <= _tolerance(plain, model.dtype): # NaN differs too
+            return "its logits over a tree differ from its own"
+
 @torch.no_grad()
 @set_stance("force_eager")
 def _probe(model) -> str | None:
@@ -361,29 +370,22 @@ def _probe(model) -> str | None:
     prompts = torch.tensor([[0, 1, 2], [3, 4, 5]], device=device) % V
     path = torch.tensor([[6, 7], [8, 9]], device=device) % V
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
-    try:
-        found = _probe_logits(model, prompts, mask, path)
-        for b in range(2):
-            row = torch.cat([prompts[b][mask[b].bool()], path[b, [1, 1]]])[None]
-            plain = model(input_ids=row).logits[0, -1].float()
-            difference = (found[b] - plain).abs().max()
-            if difference > _tolerance(plain, model.dtype): return "its logits over a tree differ from its own"
+    try: return differs(model, _probe_logits(model, prompts, mask, path), prompts, mask, path)
     except Exception as e:
         first_line = str(e).splitlines()[0][:80] if str(e) else ""
         return f"it does not accept a tree ({type(e).__name__}: {first_line})"
-    return None
 
-_PROBED = WeakKeyDictionary()                    # model -> norms of its weights when it was probed, and the answer
+_PROBED = WeakKeyDictionary()    # model -> for each probe the norms of its weights at the time, and the answer
 
 @torch.no_grad()
 def _norms(model) -> list[float]: # of up to about 1,000 numbers of each weight, spread over it
     weights = [x.detach().flatten() for x in model.parameters() if x.is_floating_point()]
     return torch.stack(torch._foreach_norm([x[::len(x) // 1024 + 1].float() for x in weights])).tolist()
 
-def _probed(model) -> str | None:
-    "The probe's answer; asked again once any weight has grown to twice what it was"
-    norms = _norms(model)
-    before, answer = _PROBED.get(model, ([], None))
+def probed(model, probe: Callable) -> str | None:
+    "A probe's answer; asked again once any weight has grown to twice what it was"
+    norms, answers = _norms(model), _PROBED.setdefault(model, {})
+    before, answer = answers.get(probe, ([], None))
     grown = len(before) != len(norms) or any(new > 2 * old for old, new in zip(before, norms))
-    if grown: _PROBED[model] = norms, (answer := _probe(model))
+    if grown: answers[probe] = norms, (answer := probe(model))
     return answer

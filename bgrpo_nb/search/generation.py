@@ -69,8 +69,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, StoppingCriteriaList
 
 # %% ../../nbs/03_generation.ipynb #ded3d7f8
-from .beam_rows import on_rows
-from .beam_tree import BeamTree, frequencies_change, why_no_tree, without_wrappers
+from .beam_rows import WholeTexts, on_rows, why_no_cache
+from .beam_tree import BeamTree, why_no_tree, without_wrappers
 from .packed_weights import forget_packed, packed_linears
 
 # %% ../../nbs/03_generation.ipynb #d88e1ec3
@@ -370,8 +370,10 @@ def _search(model, input_ids, attention_mask, start, pick, C, # tokens at most
     if reason is None: return run(_tree(model, input_ids, attention_mask, K, C, static, processor))
     if static == "capture": raise ValueError(f"static='capture' needs a beam tree: {reason}; leave static out")
     _warn_once(without_wrappers(model), reason)
-    use_cache = not frequencies_change(model, input_ids.shape[1] + C)
-    return on_rows(model, input_ids, attention_mask, K, C, run, use_cache)
+    uncached = why_no_cache(model, input_ids.shape[1] + C)
+    if uncached is None: return on_rows(model, input_ids, attention_mask, K, C, run)
+    _warn_once(without_wrappers(model), f"nor with a cache: {uncached}")
+    return run(WholeTexts(without_wrappers(model), input_ids, attention_mask, K))
 
 def _as_list(given, kind: type): # one, several or None -> a list of Transformers' kind, or None
     if given is None or isinstance(given, kind): return given
