@@ -487,6 +487,60 @@ def test_a_lora_is_searched_over_the_tree_with_its_adapters(wrap):
     for b in range(2): assert_same(as_lists(adapted, b), naive(model, prompt_of(b), 5, 8, set()))
 
 
+@pytest.mark.parametrize("kind", ["lora", "rank-stabilized", "dora", "ia3"])
+def test_adapters_are_those_of_their_merged_model(kind):
+    peft, plain = pytest.importorskip("peft"), family("llama")
+    how = dict(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    configs = {"lora": lambda: peft.LoraConfig(r=4, **how), "rank-stabilized": lambda: peft.LoraConfig(r=4, use_rslora=True, **how),
+               "dora": lambda: peft.LoraConfig(r=4, use_dora=True, **how),
+               "ia3": lambda: peft.IA3Config(feedforward_modules=["down_proj"], **how)}
+    torch.manual_seed(3)
+    model = peft.get_peft_model(deepcopy(plain), configs[kind]()).eval()
+    for x in model.parameters():
+        if x.requires_grad: torch.nn.init.normal_(x, 1.0 if kind == "ia3" else 0.0, 0.3)
+    def searches(m):
+        return (beam_search(m, PROMPTS, MASK, num_beams=5, **NO_END), greedy(m, PROMPTS, MASK, **NO_END),
+                sample(m, PROMPTS, MASK, num_return_sequences=5, generator=torch.Generator().manual_seed(0), **NO_END))
+    def same(a, b): return torch.equal(a.sequences, b.sequences) and torch.allclose(a.scores, b.scores, atol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted, base = searches(model), searches(plain)
+        with model.disable_adapter(): assert all(map(same, searches(model), base))
+        assert all(map(same, searches(model), adapted)) and not same(adapted[0], base[0])
+    assert all(map(same, searches(deepcopy(model).merge_and_unload()), adapted))
+
+
+@pytest.mark.filterwarnings("ignore:.*without a beam tree")
+def test_soft_prompts_are_those_of_a_plain_forward():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(4)
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(deepcopy(family("llama")), config).eval()
+    for x in model.parameters():
+        if x.requires_grad: torch.nn.init.normal_(x)
+    found = beam_search(model, PROMPTS[1:], num_beams=5, **NO_END)
+    assert_same(as_lists(found, 0), naive(model, prompt_of(1), 5, 8, set()))
+
+
+ROPES = dict(longrope=LONGROPE, dynamic=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0, original_max_position_embeddings=8))
+
+
+@pytest.mark.filterwarnings("ignore:.*without a beam tree")
+@pytest.mark.parametrize("kind", [T.LlamaConfig, T.Phi3Config])
+@pytest.mark.parametrize("rope", ROPES)
+def test_frequencies_that_change_with_the_length(kind, rope):
+    "Across the original length beams are those of plain forwards, each prompt as if it were alone"
+    if (kind, rope) == (T.Phi3Config, "dynamic"): pytest.skip("Phi-3 takes no dynamic frequencies")
+    torch.manual_seed(0)
+    extra = dict(original_max_position_embeddings=8) if kind is T.Phi3Config else {}
+    model = T.AutoModelForCausalLM.from_config(kind(**SHAPE, rope_parameters=ROPES[rope], **extra)).eval()
+    model.generation_config.eos_token_id = None
+    assert why_no_tree(model, 8) is None and "after 8 tokens" in why_no_tree(model, 9)
+    for C in (2, 8):
+        found = beam_search(model, PROMPTS, MASK, num_beams=5, max_new_tokens=C, eos_token_id=None, pad_token_id=0)
+        for b in range(2): assert_same(as_lists(found, b), naive(model, prompt_of(b), 5, C, set()))
+
+
 def test_prompt_learning_goes_through_its_own_generate():
     "Its forward adds tokens to the prompt, so the model inside is another policy"
     class Soft(LoRAModel): active_peft_config = type("Config", (), dict(is_prompt_learning=True))

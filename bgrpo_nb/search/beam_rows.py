@@ -143,10 +143,10 @@ def _probe_rows(model) -> str | None:
     V, device = model.config.get_text_config().vocab_size, model.device
     prompts = torch.tensor([[0, 1, 2], [3, 4, 5]], device=device) % V
     mask, path = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device), torch.tensor([[6, 7], [8, 9]], device=device) % V
-    def steps(rows): # the second beam, continued twice
+    def steps(rows): # the second beam, continued in the row of the first
         rows.read_prompts()
         _, paths = rows.extend(path, rows.paths(2))
-        return rows.extend(path, paths[:, [1, 1]])[0][:, 1]
+        return rows.extend(path.flip(1), paths[:, [1, 1]])[0][:, 0]
     try: return differs(model, on_rows(model, prompts, mask, 2, 4, steps), prompts, mask, path)
     except Exception as e: return f"it has no cache that can be reordered ({type(e).__name__})"
 

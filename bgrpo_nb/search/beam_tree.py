@@ -38,6 +38,11 @@ A model must accept positions and a mask from outside. Models with recurrent sta
 the text, cannot. `why_no_tree` finds them before anything is computed, by their configuration and by a probe of a
 few tiny forwards.
 
+## Families
+
+Every family of causal models that Transformers can build small, the text models of those that read images
+included, was searched with random weights. Each found the beams of a loop without cache, padding or tree.
+
 ## Pitfalls
 
 What to know before you use a tree outside the searches of this library.

@@ -132,7 +132,7 @@ def _check_length(model, attention_mask, max_new_tokens):
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens={max_new_tokens} writes nothing; use 1 or more")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = int(attention_mask.sum(1).max()) + max_new_tokens
-    if limit and longest > limit:
+    if (limit or 0) > 0 and longest > limit:         # some families give -1 where they have none
         raise ValueError(f"prompt and completion may reach {longest} tokens, the model has {limit} positions; "
                          f"lower max_new_tokens by {longest - limit} or leave the longest prompts out")
 
