@@ -56,10 +56,11 @@ def small_config(family, other): # of the text part where the family also reads 
 
 def build(family):
     "A small model with random weights that can read a text"
+    failed = []
     for other in OTHERS:
         try: return build_with(family, other)
-        except Exception as e: first = e if not other else first
-    raise first
+        except Exception as e: failed.append(e)
+    raise failed[0]
 
 
 def build_with(family, other):

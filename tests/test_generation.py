@@ -397,6 +397,31 @@ def test_the_probe_measures_against_the_spread_of_the_logits(scale):
 
 
 @pytest.mark.filterwarnings("ignore:.*without a beam tree")
+def test_a_term_that_grows_in_training_is_found_by_another_probe():
+    "A bias by slot is near 0 at first; a tree has other slots. Small steps ask for few probes, and large weights for one"
+    class Hidden(T.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.tilt = torch.nn.Parameter(torch.full((1,), 1e-6))
+        def forward(self, input_ids=None, past_key_values=None, **kwargs):
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            out = super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+            slots = start + torch.arange(input_ids.shape[1])[-out.logits.shape[1]:, None]
+            out.logits = out.logits + self.tilt * slots * torch.arange(V)
+            return out
+    torch.manual_seed(0)
+    model = Hidden(T.LlamaConfig(**GROUPED)).eval()
+    assert why_no_tree(model, 14) is None
+    with Forwards(model) as forwards, torch.no_grad():
+        for _ in range(400):
+            model.tilt += 1e-3                                     # 1e-6 ... 0.4: doubled 19 times
+            reason = why_no_tree(model, 14)
+    assert "differ" in reason and 10 < len(forwards.shapes) <= 19 * 5
+    found = beam_search(model, PROMPTS[1:], num_beams=5, **NO_END)
+    assert_same(as_lists(found, 0), naive(model, prompt_of(1), 5, 8, set()))
+
+
+@pytest.mark.filterwarnings("ignore:.*without a beam tree")
 @pytest.mark.parametrize("name", WITHOUT_TREE)
 def test_a_checkpoint_s_generation_config_changes_no_search(name):
     model, text = without_tree(name), PROMPTS[1:]

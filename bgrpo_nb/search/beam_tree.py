@@ -383,14 +383,17 @@ def _probe(model) -> str | None:
 _PROBED = WeakKeyDictionary()    # model -> for each probe the norms of its weights at the time, and the answer
 
 @torch.no_grad()
-def _norms(model) -> list[float]: # of up to about 1,000 numbers of each weight, spread over it
-    weights = [x.detach().flatten() for x in model.parameters() if x.is_floating_point()]
-    return torch.stack(torch._foreach_norm([x[::len(x) // 1024 + 1].float() for x in weights])).tolist()
+def _norms(model) -> list[float]: # of up to about 1,000 numbers of each weight, spread over it; [] where sharded
+    weights = [x.detach() for x in model.parameters() if x.is_floating_point()]
+    if any(hasattr(x, "to_local") for x in weights): return []   # each process has other parts
+    spread = [x.flatten()[::x.numel() // 1024 + 1].float() for x in weights]
+    return torch.stack([norm.to(model.device) for norm in torch._foreach_norm(spread)]).tolist()
 
 def probed(model, probe: Callable) -> str | None:
     "A probe's answer; asked again once any weight has grown to twice what it was"
     norms, answers = _norms(model), _PROBED.setdefault(model, {})
-    before, answer = answers.get(probe, ([], None))
-    grown = len(before) != len(norms) or any(new > 2 * old for old, new in zip(before, norms))
-    if grown: answers[probe] = norms, (answer := probe(model))
+    before, answer = answers.get(probe, (None, None))
+    comparable = before is not None and len(before) == len(norms) # not while FSDP holds flat parts
+    grown = comparable and any(new > 2 * old for old, new in zip(before, norms))
+    if before is None or grown: answers[probe] = norms, (answer := probe(model))
     return answer
