@@ -403,9 +403,9 @@ def test_a_term_that_grows_in_training_is_found_by_another_probe():
         def __init__(self, config):
             super().__init__(config)
             self.tilt = torch.nn.Parameter(torch.full((1,), 1e-6))
-        def forward(self, input_ids=None, past_key_values=None, **kwargs):
+        def forward(self, input_ids=None, past_key_values=None, position_ids=None, **kwargs):
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
-            out = super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+            out = super().forward(input_ids, past_key_values=past_key_values, position_ids=position_ids, **kwargs)
             slots = start + torch.arange(input_ids.shape[1])[-out.logits.shape[1]:, None]
             out.logits = out.logits + self.tilt * slots * torch.arange(V)
             return out
