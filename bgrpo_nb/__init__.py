@@ -21,10 +21,13 @@ Folders and modules, from the ground up:
 - `algebra.problems`: Make, read, write, filter, mix and split decomposition problems.
 
 `bgrpo_nb.search`: Token ids in, ranked completions out, for any causal model.
+- `search.beam_rows`: Each beam as a row of a batch with a cache of its own, for models that cannot grow a tree.
 - `search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt is read once, each token is stored
   once.
 - `search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any causal model of
   Transformers.
+- `search.generation_settings`: The names of `generate`, such as top_p and stop_strings, for searches: each is
+  obeyed, or refused in one line.
 - `search.packed_weights`: A guide to the key-value cache; then packed weights, compiled and captured steps, and
   what each of them costs.
 

@@ -334,6 +334,8 @@ d = {
     ('config.html#_faults', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_groups':
     ('config.html#_faults_of_groups', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_sampling':
+    ('config.html#_faults_of_sampling', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_with_beams':
     ('config.html#_faults_with_beams', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._processes':
@@ -791,6 +793,40 @@ d = {
    'bgrpo_nb.recipes.train.train_bgrpo':
     ('train.html#train_bgrpo', 'bgrpo_nb/recipes/train.py'),
   },
+  'bgrpo_nb.search.beam_rows': {
+   'bgrpo_nb.search.beam_rows.BeamRows':
+    ('beam_rows.html#beamrows', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.BeamRows.__init__':
+    ('beam_rows.html#beamrows.__init__', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.BeamRows._copy':
+    ('beam_rows.html#beamrows._copy', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.BeamRows._forward':
+    ('beam_rows.html#beamrows._forward', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.BeamRows.attention':
+    ('beam_rows.html#beamrows.attention', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.BeamRows.extend':
+    ('beam_rows.html#beamrows.extend', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.BeamRows.paths':
+    ('beam_rows.html#beamrows.paths', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.BeamRows.read_prompts':
+    ('beam_rows.html#beamrows.read_prompts', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.WholeTexts':
+    ('beam_rows.html#wholetexts', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.WholeTexts.__init__':
+    ('beam_rows.html#wholetexts.__init__', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.WholeTexts._copy':
+    ('beam_rows.html#wholetexts._copy', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.WholeTexts._forward':
+    ('beam_rows.html#wholetexts._forward', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows._own_settings_off':
+    ('beam_rows.html#_own_settings_off', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows._probe_rows':
+    ('beam_rows.html#_probe_rows', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.on_rows':
+    ('beam_rows.html#on_rows', 'bgrpo_nb/search/beam_rows.py'),
+   'bgrpo_nb.search.beam_rows.why_no_cache':
+    ('beam_rows.html#why_no_cache', 'bgrpo_nb/search/beam_rows.py'),
+  },
   'bgrpo_nb.search.beam_tree': {
    'bgrpo_nb.search.beam_tree.BeamTree':
     ('beam_tree.html#beamtree', 'bgrpo_nb/search/beam_tree.py'),
@@ -800,10 +836,14 @@ d = {
     ('beam_tree.html#beamtree._bias', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.BeamTree._new_nodes':
     ('beam_tree.html#beamtree._new_nodes', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.BeamTree.attention':
+    ('beam_tree.html#beamtree.attention', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.BeamTree.extend':
     ('beam_tree.html#beamtree.extend', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.BeamTree.keep_prompts':
     ('beam_tree.html#beamtree.keep_prompts', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.BeamTree.paths':
+    ('beam_tree.html#beamtree.paths', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.BeamTree.read_prompts':
     ('beam_tree.html#beamtree.read_prompts', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.BeamTree.sweep':
@@ -846,6 +886,8 @@ d = {
     ('beam_tree.html#_has_sinks', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._inside':
     ('beam_tree.html#_inside', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._norms':
+    ('beam_tree.html#_norms', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe':
     ('beam_tree.html#_probe', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe_logits':
@@ -858,6 +900,14 @@ d = {
     ('beam_tree.html#_tolerance', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._whole_mask':
     ('beam_tree.html#_whole_mask', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.differs':
+    ('beam_tree.html#differs', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.frequencies_change':
+    ('beam_tree.html#frequencies_change', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.in_eval_mode':
+    ('beam_tree.html#in_eval_mode', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.probed':
+    ('beam_tree.html#probed', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.tree_attention':
     ('beam_tree.html#tree_attention', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.tree_attention_on':
@@ -876,12 +926,6 @@ d = {
     ('generation.html#beams._repr_html_', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.Beams._table':
     ('generation.html#beams._table', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._AsInTheTree':
-    ('generation.html#_asinthetree', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._AsInTheTree.__call__':
-    ('generation.html#_asinthetree.__call__', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._AsInTheTree.__init__':
-    ('generation.html#_asinthetree.__init__', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding':
     ('generation.html#_decoding', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.__init__':
@@ -894,6 +938,8 @@ d = {
     ('generation.html#_decoding._open_first', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding._store':
     ('generation.html#_decoding._store', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._Decoding._texts':
+    ('generation.html#_decoding._texts', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding._update':
     ('generation.html#_decoding._update', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.forward':
@@ -908,14 +954,16 @@ d = {
     ('generation.html#_decoding.result', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.write':
     ('generation.html#_decoding.write', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._as_list':
+    ('generation.html#_as_list', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._best_candidates':
     ('generation.html#_best_candidates', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._by_generate':
-    ('generation.html#_by_generate', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._captured':
     ('generation.html#_captured', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check':
     ('generation.html#_check', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._check_capture':
+    ('generation.html#_check_capture', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_family':
     ('generation.html#_check_family', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_length':
@@ -930,14 +978,10 @@ d = {
     ('generation.html#_ids', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._inference':
     ('generation.html#_inference', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._own_settings_off':
-    ('generation.html#_own_settings_off', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._processors':
-    ('generation.html#_processors', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._run':
     ('generation.html#_run', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._summed':
-    ('generation.html#_summed', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._search':
+    ('generation.html#_search', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._tree':
     ('generation.html#_tree', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._warn_once':
@@ -948,6 +992,28 @@ d = {
     ('generation.html#greedy', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.sample':
     ('generation.html#sample', 'bgrpo_nb/search/generation.py'),
+  },
+  'bgrpo_nb.search.generation_settings': {
+   'bgrpo_nb.search.generation_settings.StopStrings':
+    ('generation_settings.html#stopstrings', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings.StopStrings.__call__':
+    ('generation_settings.html#stopstrings.__call__', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings.StopStrings.__init__':
+    ('generation_settings.html#stopstrings.__init__', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._NoModel':
+    ('generation_settings.html#_nomodel', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._criteria':
+    ('generation_settings.html#_criteria', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._of_draws':
+    ('generation_settings.html#_of_draws', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._processors':
+    ('generation_settings.html#_processors', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings._unknown':
+    ('generation_settings.html#_unknown', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings.faults_of':
+    ('generation_settings.html#faults_of', 'bgrpo_nb/search/generation_settings.py'),
+   'bgrpo_nb.search.generation_settings.search_arguments':
+    ('generation_settings.html#search_arguments', 'bgrpo_nb/search/generation_settings.py'),
   },
   'bgrpo_nb.search.packed_weights': {
    'bgrpo_nb.search.packed_weights._fits':

@@ -30,6 +30,7 @@ from ..base.run_folder import lower_is_better
 from ..base.settings import setting
 from .rewards import BASELINES, REWARDS, check_choice
 from .trl_batching import ROLLOUTS
+from ..search.generation_settings import faults_of
 
 # %% ../../nbs/08b_config.ipynb #0b7ad3c6
 _OLD_NAME = ".*gradient_checkpointing.* is deprecated" # TRL itself uses the old name of that setting
@@ -104,6 +105,7 @@ class BGRPOConfig(GRPOConfig):
         best = self.metric_for_best_model
         if best and self.greater_is_better is None: self.greater_is_better = not lower_is_better(best)
         super().__post_init__()
+        for message in _faults_of_sampling(self): raise ValueError(message)
 
 # %% ../../nbs/08b_config.ipynb #312866ea
 def _faults(c: BGRPOConfig) -> Iterator[str]:
@@ -133,6 +135,8 @@ def _faults_with_beams(c):
         yield "use_vllm=True cannot search with beams; leave it out, the search here reads each prompt once"
     if c.rollout != "sample" and c.temperature != 1.0:
         yield f"temperature={c.temperature} has no meaning for beams; leave it at 1.0, or use rollout='sample'"
+    if c.use_transformers_continuous_batching or c.use_transformers_paged:
+        yield "use_transformers_continuous_batching=True is for TRL's own generation; leave it out"
     if not c.disable_dropout:
         yield "disable_dropout=False gives each beam a different random policy; leave it on"
     if c.save_total_limit == 1 and c.metric_for_best_model:
@@ -140,6 +144,11 @@ def _faults_with_beams(c):
     if c.mask_truncated_completions:
         yield ("mask_truncated_completions=True leaves truncated beams in the baseline; leave it off, "
                "they earn the wrong answer's reward")
+
+def _faults_of_sampling(c): # after TRL has read generation_kwargs, which may come as text
+    own = ("top_k", "top_p", "min_p", "repetition_penalty", "cache_implementation")
+    settings = {name: getattr(c, name) for name in own} | (c.generation_kwargs or {})
+    yield from faults_of(settings, samples=c.rollout != "beam")
 
 # %% ../../nbs/08b_config.ipynb #f6309b7c
 def _choose_length(c: BGRPOConfig):

@@ -91,6 +91,7 @@ from .trl_batching import group_order, positions_from_mask, roll_out, share_grou
 from ..policy.loading import load_model
 from ..policy.model import load_tokenizer
 from ..search.beam_tree import why_no_tree
+from ..search.generation_settings import INSTEAD
 
 # %% ../../nbs/09_trainer.ipynb #a325a197
 class BGRPOTrainer(ResumableGRPOTrainer):
@@ -260,12 +261,13 @@ def _roll_out(self: BGRPOTrainer, prompts: list, trainer) -> dict: # TRL's rollo
     prompt_ids, _, _ = self._tokenize_prompts(prompts)
     args, G = self.args, self._group_size()
     sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+    settings = {name: x for name, x in self.generation_kwargs.items() if name not in INSTEAD} # as TRL has them
     generator = torch.Generator(args.device).manual_seed(args.seed + self._step) if sharded else None
     with whole_model(self) as model:
         def search(group_prompts):
             return roll_out(model, group_prompts, G, self.max_completion_length, self.eos_token_ids,
-                            self._tokenizer.pad_token_id, args.rollout, self.temperature, args.prompts_at_once,
-                            generator)
+                            self._tokenizer.pad_token_id, args.rollout, prompts_at_once=args.prompts_at_once,
+                            generator=generator, settings=settings, tokenizer=self._tokenizer)
         members = share_groups(prompt_ids, G, search, self.accelerator.process_index, everywhere=sharded)
     return dict(prompt_ids=prompt_ids, completion_ids=[m.ids for m in members], logprobs=None,
                 beam_rank=[m.beam_rank for m in members], beam_score=[m.score for m in members])

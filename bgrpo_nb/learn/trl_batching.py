@@ -73,6 +73,7 @@ from torch import Tensor
 from .rewards import check_choice
 from ..search.beam_tree import tree_attention_on
 from ..search.generation import beam_search, sample
+from ..search.generation_settings import ONLY_SAMPLES, search_arguments
 
 # %% ../../nbs/08_trl_batching.ipynb #2d7cbbbe
 def check_groups(prompts: Sequence,    # of all processes, in order
@@ -98,7 +99,7 @@ class Completion(NamedTuple):
     "One member of a group"
     ids: list[int]          # the end token included, where it was written
     beam_rank: int          # 0 = best; 0 for samples alone; in a mixed group the number of beams for every sample
-    score: float            # nats: log-probability under the policy, at temperature 1
+    score: float            # nats: of a beam what it is ranked by; of a sample its log-probability, temperature 1
 
 def roll_out(model, prompts: Sequence[list[int]], # token ids
              num_generations: int,                # G
@@ -108,17 +109,20 @@ def roll_out(model, prompts: Sequence[list[int]], # token ids
              temperature: float = 1.0,            # of samples
              prompts_at_once: int | None = None,  # in one search; default: about 400 rows
              generator: torch.Generator | None = None, # of samples; default: torch's global one
+             settings: dict | None = None,        # more names and values of Transformers' GenerationConfig
+             tokenizer=None,                      # for the setting stop_strings
              ) -> list[list[Completion]]:         # a group for each prompt
     "Completions of each prompt: the beams of one search, independent samples, or half of each"
     check_choice("rollout", rollout, ROLLOUTS)
-    ends = dict(max_new_tokens=max_completion_length, eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+    settings = dict(temperature=temperature) | (settings or {})
+    ends = dict(max_new_tokens=max_completion_length, eos_token_id=eos_token_id, tokenizer=tokenizer)
     at_once = prompts_at_once or max(1, 400 // num_generations)
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     groups = [None] * len(prompts)
     for start in range(0, len(prompts), at_once):
         chunk = longest_first[start:start + at_once]
         ids, mask = _left_padded([prompts[i] for i in chunk], pad_token_id, model.device)
-        found = _fill_groups(model, ids, mask, num_generations, rollout, temperature, generator, ends)
+        found = _fill_groups(model, ids, mask, num_generations, rollout, settings, ends, pad_token_id, generator)
         for i, group in zip(chunk, found): groups[i] = group
     shortest = min(map(len, groups), default=num_generations)
     if shortest < num_generations:
@@ -134,16 +138,19 @@ def _left_padded(prompts, pad_token_id, device): # ids and mask (B, P) long
     mask = torch.arange(P) >= P - lengths
     return torch.tensor(ids, device=device), mask.long().to(device)
 
-def _fill_groups(model, ids, mask, G, rollout, temperature, generator, ends): # a group for each row of ids
+def _fill_groups(model, ids, mask, G, rollout, settings, ends, pad, generator): # a group for each row of ids
     num_samples = {"beam": 0, "sample": G, "mixed": G // 2}[rollout]
     num_beams = G - num_samples
     groups = [[] for _ in ids]
     if num_beams:
-        groups = _members(beam_search(model, ids, mask, num_beams=num_beams, **ends), ranked=True)
+        shared = {name: x for name, x in settings.items() if name not in ONLY_SAMPLES} if num_samples else settings
+        how = search_arguments(shared, ids, mask, num_beams, **ends)
+        found = beam_search(model, ids, mask, num_beams=num_beams, pad_token_id=pad, **how)
+        groups = _members(found, ranked=True)
     if num_samples:
         draws = 2 * num_samples if num_beams else num_samples
-        drawn = sample(model, ids, mask, num_return_sequences=draws, temperature=temperature, generator=generator,
-                       **ends)
+        how = search_arguments(settings, ids, mask, draws, samples=True, **ends)
+        drawn = sample(model, ids, mask, num_return_sequences=draws, generator=generator, pad_token_id=pad, **how)
         candidates = _members(drawn, ranked=False)
         groups = [beams + _beside(beams, own, num_samples) for beams, own in zip(groups, candidates)]
     return groups
