@@ -360,6 +360,8 @@ d = {
     ('config.html#_faults_of_contract', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_groups':
     ('config.html#_faults_of_groups', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_names':
+    ('config.html#_faults_of_names', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_sizes':
     ('config.html#_faults_of_sizes', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_with_beams':

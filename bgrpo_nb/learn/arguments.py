@@ -74,7 +74,7 @@ def _columns(dataset) -> list[str]: # of a stream that does not know them: those
     return dataset.column_names or list(next(iter(dataset), {}))
 
 def _check_columns(columns):
-    if columns and not {"prompt", "environment"}.intersection(columns):
+    if columns and "prompt" not in columns:
         raise ValueError(f"a dataset has no column 'prompt', only {', '.join(columns)}; rename the one that holds the "
                          "prompts")
     for taken in {"beam_rank", "beam_score"}.intersection(columns):
@@ -88,7 +88,7 @@ def longest_prompt(dataset,           # with a column `prompt`
                    ) -> int:          # tokens of the longest prompt, 0 where all fit without a look
     "How long a prompt can be; 0 for a stream, and for prompts with images"
     images = {"image", "images"}.intersection(dataset.column_names or [])
-    if isinstance(dataset, IterableDataset) or "prompt" not in dataset.column_names or images: return 0
+    if isinstance(dataset, IterableDataset) or images: return 0
     longest = 0
     for rows in dataset.select_columns(["prompt"]).iter(batch_size=1000):
         prompts = [p for p in rows["prompt"] if not _is_short(p, room)]

@@ -126,6 +126,7 @@ CONTRACT: dict[str, dict[str, str]] = {
         "auto_find_batch_size": "would cut groups in two; leave it out and lower per_device_train_batch_size",
         "train_sampling_strategy": "is overridden by TRL's order of whole groups; use shuffle_dataset",
         "data_seed": "reaches no sampler of GRPO; use seed, which gives the order of the prompts",
+        "max_tool_calling_iterations": "is for tools, which a search of whole completions cannot call; leave it out",
         "resume_from_checkpoint": "starts from the beginning; pass it to train(resume_from_checkpoint=...)",
         "label_smoothing_factor": _LABELS,
         "label_names": _LABELS,
@@ -158,6 +159,7 @@ CONTRACT: dict[str, dict[str, str]] = {
         "num_train_epochs": "counts where max_steps is left out",
         "scale_rewards": "only 'none' with baseline right_only or minimum_risk",
         "multi_objective_aggregation": "only the default with baseline right_only or minimum_risk",
+        "save_total_limit": "1 is refused with metric_for_best_model, which needs two checkpoints",
         "greater_is_better": "left out: true, except for a loss or a divergence",
         "torch_empty_cache_steps": "on a CPU too: freed memory goes back to the system",
     },
@@ -181,6 +183,7 @@ def _faults(c: BGRPOConfig) -> Iterator[str]:
     yield from _faults_of_groups(c)
     yield from _faults_of_contract(c)
     yield from _faults_with_beams(c)
+    yield from _faults_of_names(c)
 
 SIZES = ("prompts_per_step", "per_device_train_batch_size", "generation_batch_size", "steps_per_generation",
          "gradient_accumulation_steps", "num_iterations", "num_generations_eval", "per_device_eval_batch_size",
@@ -209,6 +212,11 @@ def _faults_of_groups(c):
 def _faults_with_beams(c):
     if c.save_total_limit == 1 and c.metric_for_best_model:
         yield "save_total_limit=1 cannot keep the best checkpoint and the last one; use 2 or more"
+
+def _faults_of_names(c):
+    old, new = c.gradient_checkpointing, c.activation_checkpointing
+    if new is not None and old not in (None, new, BGRPOConfig.gradient_checkpointing):
+        yield f"gradient_checkpointing={old} contradicts activation_checkpointing={new}, its new name; leave one out"
 
 # %% ../../nbs/08b_config.ipynb #f6309b7c
 def _choose_length(c: BGRPOConfig):

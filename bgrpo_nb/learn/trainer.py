@@ -169,7 +169,7 @@ def _rates_read_from_config(forward: Callable) -> list[str]:
 def _check_prompts(self: BGRPOTrainer):
     "The longest prompt and its completion fit the positions of the model"
     limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or self.environment_factories: return
+    if limit is None: return
     room = limit - self.max_completion_length
     def tokenize(prompts): return self._tokenize_prompts(prompts)[0]
     for dataset in datasets_of(self.train_dataset, None if self.evaluator else self.eval_dataset):
@@ -375,6 +375,7 @@ def _generate_and_score_completions(self: BGRPOTrainer, inputs) -> dict: # a bat
 def evaluate(self: BGRPOTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict:
     "Metrics of the evaluator, prefixed, logged and passed to the callbacks"
     if self.evaluator is None: return super(BGRPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    check_evaluator(self.args, self.evaluator, eval_dataset)
     start, training = time.perf_counter(), self.model.training
     self.model.eval()
     with whole_model(self) as model: found = self.evaluator(model, self.processing_class)
