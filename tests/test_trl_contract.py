@@ -5,7 +5,6 @@ import os
 import random
 import warnings
 from dataclasses import fields
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -104,7 +103,7 @@ def family(name):
 
 
 SEQUENCE = dict(importance_sampling_level="sequence")
-AGAIN = dict(num_iterations=2, learning_rate=3.0)            # the second step is off-policy, so that ratios differ from 1
+AGAIN = dict(num_iterations=2, learning_rate=3.0)             # the second step is off-policy: ratios differ from 1
 ADAM = dict(optim="adamw_torch", learning_rate=1e-2, adam_epsilon=1e-3)
 VESPO = dict(loss_type="vespo", **AGAIN)
 KL = dict(beta=0.05, num_iterations=2, learning_rate=0.3)
@@ -209,6 +208,7 @@ SEEN = { # settings that are compared in a test of their own, below or in anothe
     "num_completions_to_print": "test_the_table_of_completions_is_trls",
     "log_unique_prompts": "test_the_table_of_completions_is_trls",
     "model_init_kwargs": "tests/test_policies.py", "trust_remote_code": "tests/test_policies.py",
+    "repetition_penalty": "tests/test_generation_settings.py",
 }
 
 
@@ -221,7 +221,7 @@ def test_every_setting_of_trl_is_listed_and_has_a_check():
     assert of_trl - known == set(), "fields that neither CONTRACT nor this file knows"
     assert known - of_trl - {"rollout"} == set(), "fields that TRL does not have any more"
     assert len(listed) == len(set(listed))
-    assert all(where in globals() or (Path(__file__).parent.parent / where).exists() for where in SEEN.values())
+    assert all(where in globals() or where.startswith("tests/") for where in SEEN.values())
 
 
 def outcome(config_class, name, value):
@@ -242,7 +242,7 @@ def test_a_setting_of_transformers_arrives(name, monkeypatch):
 
 
 REFUSED = dict(use_vllm=True, use_transformers_continuous_batching=True, use_transformers_paged=True,
-               transformers_continuous_batching_config=dict(a=1), cache_implementation="static", disable_dropout=False,
+               transformers_continuous_batching_config=dict(a=1), disable_dropout=False,
                neftune_noise_alpha=5.0, auto_find_batch_size=True, train_sampling_strategy="sequential", data_seed=1,
                max_tool_calling_iterations=3, resume_from_checkpoint="x", label_smoothing_factor=0.1,
                label_names=["x"], length_column_name="x", include_for_metrics=["loss"], batch_eval_metrics=True,
@@ -259,12 +259,13 @@ def test_what_is_refused_names_the_setting_and_its_default_is_taken(name):
     assert getattr(BGRPOConfig(use_cpu=True, **{name: default}), name) == default
 
 
-@pytest.mark.parametrize("rollout, refused", [("beam", True), ("mixed", True), ("sample", False)])
+@pytest.mark.parametrize("rollout", ["beam", "mixed", "sample"])
 @pytest.mark.parametrize("name, value", dict(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1,
                                              mask_truncated_completions=True).items())
-def test_what_is_of_use_with_samples_only(name, value, rollout, refused):
-    assert name in CONTRACT["samples only"]
-    if not refused: return BGRPOConfig(use_cpu=True, rollout=rollout, **{name: value})
+def test_what_is_of_use_where_something_is_drawn(name, value, rollout):
+    refusing = {"beam": ("not with beams", "not with beams alone"), "mixed": ("not with beams",), "sample": ()}
+    if not any(name in CONTRACT[kind] for kind in refusing[rollout]):
+        return BGRPOConfig(use_cpu=True, rollout=rollout, **{name: value})
     with pytest.raises(ValueError, match=f"{name}={value}"): BGRPOConfig(use_cpu=True, rollout=rollout, **{name: value})
 
 
@@ -418,9 +419,10 @@ def near_the_end(position, tmp_path, kind=Dataset, **more):
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "messages"])
 def test_prompts_near_the_models_length(tmp_path, chat):
-    "Learned positions: refused before training; rotary ones: one warning, and training. Whole prompts that just fit pass"
+    "Learned positions: refused before training, unless it just fits; rotary ones: one warning, and training"
     says = "may reach 66 tokens, the model has 64 positions"
-    with pytest.raises(ValueError, match=f"{says}; lower their length by 2"): near_the_end("learned", tmp_path, chat=chat)
+    with pytest.raises(ValueError, match=f"{says}; lower max_completion_length by 2"):
+        near_the_end("learned", tmp_path, chat=chat)
     near_the_end("learned", tmp_path, chat=chat, max_completion_length=4)
     generation._WARNED.clear()
     with warnings.catch_warnings(record=True) as found:
@@ -510,8 +512,8 @@ def test_two_steps_of_each_family(name, rollout, checkpointing, tmp_path):
         seen.append((prompts, completion_ids, beam_score))
         return [reward + k % G for k, reward in enumerate(by_ids(completion_ids))]
     for share in (True, False):
-        ends.append(trained("ours", start, tmp_path, dict(rollout=rollout, gradient_checkpointing=checkpointing, num_iterations=2,
-                    learning_rate=0.05), rewards=pay, share=share, rollout_func=None))
+        ends.append(trained("ours", start, tmp_path, dict(rollout=rollout, learning_rate=0.05, num_iterations=2,
+                    gradient_checkpointing=checkpointing), rewards=pay, share=share, rollout_func=None))
     for prompt, ids, score in list(zip(*seen[0]))[::5]:
         assert score == pytest.approx(logp(start, TOKENS(prompt)["input_ids"], ids), abs=1e-3)
     assert (ends[0] - parameters(start)).abs().max() > 1e-3

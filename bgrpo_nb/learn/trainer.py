@@ -173,7 +173,8 @@ def _check_prompts(self: BGRPOTrainer):
     room = limit - self.max_completion_length
     def tokenize(prompts): return self._tokenize_prompts(prompts)[0]
     for dataset in datasets_of(self.train_dataset, None if self.evaluator else self.eval_dataset):
-        check_length(self.model, longest_prompt(dataset, tokenize, room) + self.max_completion_length)
+        longest = longest_prompt(dataset, tokenize, room) + self.max_completion_length
+        check_length(self.model, longest, setting="max_completion_length")
 
 # %% ../../nbs/09_trainer.ipynb #8e508532
 @contextmanager

@@ -128,14 +128,15 @@ def _check_prompts(input_ids, attention_mask) -> Tensor: # the attention mask
     return attention_mask
 
 def check_length(model,
-                 longest: int): # tokens of the longest prompt and its completion
+                 longest: int,  # tokens of the longest prompt and its completion
+                 setting: str = "max_new_tokens"): # the one that makes completions shorter
     "Learned positions end with the table; rotary ones may go past what was trained, with one warning"
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not limit or longest <= limit: return
     says = f"prompt and completion may reach {longest} tokens, the model has {limit} positions"
     if getattr(config, "rope_parameters", None) is None:
-        raise ValueError(f"{says}; lower their length by {longest - limit}, or leave the longest prompts out")
+        raise ValueError(f"{says}; lower {setting} by {longest - limit} or leave the longest prompts out")
     key = type(model).__name__, limit
     if key not in _WARNED: warnings.warn(f"{says}, and was not trained beyond", stacklevel=5)
     _WARNED.add(key)
