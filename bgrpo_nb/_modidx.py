@@ -1590,6 +1590,8 @@ d = {
     ('run_readers.html#_wandb_record', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers.collect':
     ('run_readers.html#collect', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers.metric_of':
+    ('run_readers.html#metric_of', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers.metrics_of':
     ('run_readers.html#metrics_of', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers.parse_value':
@@ -1634,6 +1636,10 @@ d = {
     ('run_table.html#runtable.filter', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table.RunTable.finished':
     ('run_table.html#runtable.finished', 'bgrpo_nb/study/run_table.py'),
+   'bgrpo_nb.study.run_table.RunTable.metric':
+    ('run_table.html#runtable.metric', 'bgrpo_nb/study/run_table.py'),
+   'bgrpo_nb.study.run_table.RunTable.minimize':
+    ('run_table.html#runtable.minimize', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table.RunTable.missing':
     ('run_table.html#runtable.missing', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table.RunTable.to_csv':
@@ -1722,6 +1728,8 @@ d = {
     ('sweeps.html#_read_metric', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._read_yaml':
     ('sweeps.html#_read_yaml', 'bgrpo_nb/study/sweeps.py'),
+   'bgrpo_nb.study.sweeps._runs_something':
+    ('sweeps.html#_runs_something', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._sweep_of':
     ('sweeps.html#_sweep_of', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._take_seeds':
@@ -1762,8 +1770,12 @@ d = {
     ('trials.html#_watch.read', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._account':
     ('trials.html#_account', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._byte_before':
+    ('trials.html#_byte_before', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._check_existence':
     ('trials.html#_check_existence', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._cut_torn_line':
+    ('trials.html#_cut_torn_line', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._enqueue':
     ('trials.html#_enqueue', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._enqueue_other_seeds':

@@ -265,7 +265,8 @@ def test_what_is_refused_names_the_setting_and_its_default_is_taken(name):
 def test_what_is_of_use_where_something_is_drawn(name, value, rollout):
     refusing = {"beam": ("not with beams", "not with beams alone"), "mixed": ("not with beams",), "sample": ()}
     if not any(name in CONTRACT[kind] for kind in refusing[rollout]):
-        return BGRPOConfig(use_cpu=True, rollout=rollout, **{name: value})
+        BGRPOConfig(use_cpu=True, rollout=rollout, **{name: value})
+        return
     with pytest.raises(ValueError, match=f"{name}={value}"): BGRPOConfig(use_cpu=True, rollout=rollout, **{name: value})
 
 
