@@ -102,6 +102,8 @@ class BGRPOConfig(GRPOConfig):
             self.per_device_eval_batch_size = self.num_generations_eval or self.num_generations
         best = self.metric_for_best_model
         if best and self.greater_is_better is None: self.greater_is_better = not lower_is_better(best)
+        if getattr(self, "activation_checkpointing", None) is None: # the new name of gradient_checkpointing
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         self.prompts_per_step = self.generation_batch_size // self.num_generations
 
@@ -217,7 +219,7 @@ def _faults_with_beams(c):
         yield "save_total_limit=1 cannot keep the best checkpoint and the last one; use 2 or more"
 
 def _faults_of_names(c):
-    old, new = c.gradient_checkpointing, c.activation_checkpointing
+    old, new = c.gradient_checkpointing, getattr(c, "activation_checkpointing", None) # since Transformers 5.23
     if new is not None and old not in (None, new, BGRPOConfig.gradient_checkpointing):
         yield f"gradient_checkpointing={old} contradicts activation_checkpointing={new}, its new name; leave one out"
 
