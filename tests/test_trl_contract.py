@@ -292,7 +292,8 @@ def test_sizes_follow_from_those_that_are_given(given, prompts_per_step, rows, m
     (dict(prompts_per_step=3, generation_batch_size=64), "prompts_per_step=3 contradicts generation_batch_size=64"),
     (dict(generation_batch_size=64, steps_per_generation=2, per_device_train_batch_size=8), "contradicts the 16 rows"),
     (dict(steps_per_generation=0), "steps_per_generation=0"), (dict(num_generations_eval=0), "num_generations_eval=0"),
-    (dict(activation_checkpointing=False, gradient_checkpointing=True), "its new name"),
+    (dict(activation_checkpointing=BGRPOConfig.gradient_checkpointing,
+          gradient_checkpointing=not BGRPOConfig.gradient_checkpointing), "its new name"),
     (dict(baseline="right_only", multi_objective_aggregation="normalize_then_sum"), "the sum of the rewards")],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_sizes_and_names_that_contradict_each_other(given, says):

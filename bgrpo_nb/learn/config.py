@@ -220,7 +220,7 @@ def _faults_with_beams(c):
 
 def _faults_of_names(c):
     old, new = c.gradient_checkpointing, getattr(c, "activation_checkpointing", None) # since Transformers 5.23
-    if new is not None and old not in (None, new, BGRPOConfig.gradient_checkpointing):
+    if new is not None and old not in (None, new, type(c).gradient_checkpointing):
         yield f"gradient_checkpointing={old} contradicts activation_checkpointing={new}, its new name; leave one out"
 
 # %% ../../nbs/08b_config.ipynb #f6309b7c
