@@ -426,7 +426,7 @@ def test_prompts_near_the_models_length(tmp_path, chat):
     with pytest.raises(ValueError, match=f"{says}; lower max_completion_length by 2"):
         near_the_end("learned", tmp_path, chat=chat)
     near_the_end("learned", tmp_path, chat=chat, max_completion_length=4)
-    generation._WARNED.clear()
+    generation._LONG.clear()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         near_the_end("rotary", tmp_path, chat=chat).train()
@@ -436,7 +436,7 @@ def test_prompts_near_the_models_length(tmp_path, chat):
 def test_a_stream_is_measured_batch_by_batch(tmp_path):
     trainer = near_the_end("learned", tmp_path, IterableDataset)
     with pytest.raises(ValueError, match="may reach 66 tokens"): trainer.train()
-    generation._WARNED.clear()
+    generation._LONG.clear()
     with pytest.warns(UserWarning, match="may reach 66 tokens"):
         near_the_end("rotary", tmp_path, IterableDataset).train()
 

@@ -127,6 +127,8 @@ def _check_prompts(input_ids, attention_mask) -> Tensor: # the attention mask
         raise ValueError("prompts must be padded on the left: use a tokenizer with padding_side='left'")
     return attention_mask
 
+_LONG = set()                                                    # whom a warning has named
+
 def check_length(model,
                  longest: int,  # tokens of the longest prompt and its completion
                  setting: str = "max_new_tokens"): # the one that makes completions shorter
@@ -138,8 +140,8 @@ def check_length(model,
     if getattr(config, "rope_parameters", None) is None:
         raise ValueError(f"{says}; lower {setting} by {longest - limit} or leave the longest prompts out")
     key = type(model).__name__, limit
-    if key not in _WARNED: warnings.warn(f"{says}, and was not trained beyond", stacklevel=5)
-    _WARNED.add(key)
+    if key not in _LONG: warnings.warn(f"{says}, and was not trained beyond", stacklevel=5)
+    _LONG.add(key)
 
 def _check_family(model):
     "A decoder continues its prompt; an encoder-decoder answers a text that it has encoded"
