@@ -39,6 +39,8 @@ Folders and modules, from the ground up:
 - `policy.model`: Four vocabularies, three sizes: ordinary Hugging Face objects.
 
 `bgrpo_nb.learn`: Groups, advantages, the trie and the trainer, for any task.
+- `learn.arguments`: What a trainer is given beside its settings: rewards, prompts, a tokenizer, a rollout. Each is
+  used, or refused.
 - `learn.config`: `BGRPOConfig`: TRL's `GRPOConfig` with the settings of beams; each is obeyed, or refused in one
   line.
 - `learn.exact_resume`: A GRPO training that was interrupted continues exactly: the same prompts, the same

@@ -321,27 +321,65 @@ d = {
    'bgrpo_nb.cli.unknown_flag':
     ('cli.html#unknown_flag', 'bgrpo_nb/cli.py'),
   },
+  'bgrpo_nb.learn.arguments': {
+   'bgrpo_nb.learn.arguments._check_columns':
+    ('arguments.html#_check_columns', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments._columns':
+    ('arguments.html#_columns', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments._is_short':
+    ('arguments.html#_is_short', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.arguments_by_name':
+    ('arguments.html#arguments_by_name', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.check_arguments':
+    ('arguments.html#check_arguments', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.check_checkpointing':
+    ('arguments.html#check_checkpointing', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.check_evaluator':
+    ('arguments.html#check_evaluator', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.check_reference':
+    ('arguments.html#check_reference', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.check_rollout':
+    ('arguments.html#check_rollout', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.check_tokenizer':
+    ('arguments.html#check_tokenizer', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.check_turns':
+    ('arguments.html#check_turns', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.datasets_of':
+    ('arguments.html#datasets_of', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.longest_prompt':
+    ('arguments.html#longest_prompt', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.numbered':
+    ('arguments.html#numbered', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.rewards_with_setting':
+    ('arguments.html#rewards_with_setting', 'bgrpo_nb/learn/arguments.py'),
+  },
   'bgrpo_nb.learn.config': {
    'bgrpo_nb.learn.config.BGRPOConfig':
     ('config.html#bgrpoconfig', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config.BGRPOConfig.__post_init__':
     ('config.html#bgrpoconfig.__post_init__', 'bgrpo_nb/learn/config.py'),
-   'bgrpo_nb.learn.config._check_rows':
-    ('config.html#_check_rows', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._choose_length':
     ('config.html#_choose_length', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._choose_sizes':
+    ('config.html#_choose_sizes', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults':
     ('config.html#_faults', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_contract':
+    ('config.html#_faults_of_contract', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_groups':
     ('config.html#_faults_of_groups', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_names':
+    ('config.html#_faults_of_names', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_sampling':
     ('config.html#_faults_of_sampling', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_sizes':
+    ('config.html#_faults_of_sizes', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_with_beams':
     ('config.html#_faults_with_beams', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._processes':
     ('config.html#_processes', 'bgrpo_nb/learn/config.py'),
-   'bgrpo_nb.learn.config._rows_per_process':
-    ('config.html#_rows_per_process', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._rows_of_a_generation_batch':
+    ('config.html#_rows_of_a_generation_batch', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._wants_bf16':
     ('config.html#_wants_bf16', 'bgrpo_nb/learn/config.py'),
   },
@@ -442,6 +480,8 @@ d = {
     ('trainer.html#bgrpotrainer._calculate_rewards', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._can_share':
     ('trainer.html#bgrpotrainer._can_share', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._check_prompts':
+    ('trainer.html#bgrpotrainer._check_prompts', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._generate_and_score_completions':
     ('trainer.html#bgrpotrainer._generate_and_score_completions', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._get_per_token_logps_and_entropies':
@@ -472,28 +512,16 @@ d = {
     ('trainer.html#_balanced', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._bonus':
     ('trainer.html#_bonus', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._check_arguments':
-    ('trainer.html#_check_arguments', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._check_checkpointing':
-    ('trainer.html#_check_checkpointing', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_loaded':
     ('trainer.html#_check_loaded', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._check_reference':
-    ('trainer.html#_check_reference', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._check_turns':
-    ('trainer.html#_check_turns', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._comparable':
     ('trainer.html#_comparable', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._dropout_off':
     ('trainer.html#_dropout_off', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._is_rate':
     ('trainer.html#_is_rate', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._numbered':
-    ('trainer.html#_numbered', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._rates_read_from_config':
     ('trainer.html#_rates_read_from_config', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._with_reward_setting':
-    ('trainer.html#_with_reward_setting', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.load_policy':
     ('trainer.html#load_policy', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.whole_model':
@@ -966,8 +994,6 @@ d = {
     ('generation.html#_check_capture', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_family':
     ('generation.html#_check_family', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._check_length':
-    ('generation.html#_check_length', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_prompts':
     ('generation.html#_check_prompts', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._counts_rows':
@@ -988,6 +1014,8 @@ d = {
     ('generation.html#_warn_once', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.beam_search':
     ('generation.html#beam_search', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation.check_length':
+    ('generation.html#check_length', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.greedy':
     ('generation.html#greedy', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.sample':
@@ -1728,6 +1756,8 @@ d = {
     ('run_readers.html#_wandb_record', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers.collect':
     ('run_readers.html#collect', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers.metric_of':
+    ('run_readers.html#metric_of', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers.metrics_of':
     ('run_readers.html#metrics_of', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers.parse_value':
@@ -1772,6 +1802,10 @@ d = {
     ('run_table.html#runtable.filter', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table.RunTable.finished':
     ('run_table.html#runtable.finished', 'bgrpo_nb/study/run_table.py'),
+   'bgrpo_nb.study.run_table.RunTable.metric':
+    ('run_table.html#runtable.metric', 'bgrpo_nb/study/run_table.py'),
+   'bgrpo_nb.study.run_table.RunTable.minimize':
+    ('run_table.html#runtable.minimize', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table.RunTable.missing':
     ('run_table.html#runtable.missing', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table.RunTable.to_csv':
@@ -1860,6 +1894,8 @@ d = {
     ('sweeps.html#_read_metric', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._read_yaml':
     ('sweeps.html#_read_yaml', 'bgrpo_nb/study/sweeps.py'),
+   'bgrpo_nb.study.sweeps._runs_something':
+    ('sweeps.html#_runs_something', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._sweep_of':
     ('sweeps.html#_sweep_of', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._take_seeds':
@@ -1900,8 +1936,12 @@ d = {
     ('trials.html#_watch.read', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._account':
     ('trials.html#_account', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._byte_before':
+    ('trials.html#_byte_before', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._check_existence':
     ('trials.html#_check_existence', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._cut_torn_line':
+    ('trials.html#_cut_torn_line', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._enqueue':
     ('trials.html#_enqueue', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._enqueue_other_seeds':

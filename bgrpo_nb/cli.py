@@ -320,10 +320,10 @@ def analyze(argv):
     p.add_argument("source", nargs="+",
                    help="a sweep's folder, run folders, an Optuna journal or storage URL, a CSV or JSON export of W&B, "
                         "or entity/project/sweep at W&B")
-    p.add_argument("--metric", default="eval_beam_rank_score", help="the metric that is compared")
+    p.add_argument("--metric", help="the metric that is compared; left out: the sweep's, or eval_beam_rank_score")
     p.add_argument("--arm", help="the setting whose values are compared; left out: rollout, BGRPO against GRPO")
     p.add_argument("--baseline", help="the value that the others are compared with; left out: sample, or the first")
-    p.add_argument("--minimize", action="store_true", help="lower is better")
+    p.add_argument("--minimize", action="store_true", help="lower is better; left out with --metric: the sweep's goal")
     p.add_argument("--parameters", nargs="+",
                    help="the settings that were tried; left out: those that differ between the runs")
     p.add_argument("--best", type=int, default=5, help="how many of the best runs are listed")
@@ -333,7 +333,9 @@ def analyze(argv):
                                  "folder, or runs/analysis")
     a = p.parse_args(argv)
     from bgrpo_nb.study.analysis import read_runs
-    runs, arm = read_runs(*a.source, parameters=a.parameters, study=a.study), a.arm or "rollout"
+    runs = read_runs(*a.source, parameters=a.parameters, study=a.study, own=a.metric)
+    arm = a.arm or "rollout"
+    if a.metric is None: a.metric, a.minimize = runs.metric, a.minimize or runs.minimize
     with_prefix = "eval_" + a.metric.removeprefix("eval/")
     if a.metric not in runs.metrics and with_prefix in runs.metrics: a.metric = with_prefix
     if a.arm or a.baseline: runs.arms(arm, a.baseline, a.metric)

@@ -16,6 +16,7 @@ import pytest
 
 from bgrpo_nb.cli import main
 from bgrpo_nb.base.processes import MARK, shares, visible_gpus
+from bgrpo_nb.study.analysis import read_runs
 from bgrpo_nb.study.sweeps import SweepError, plan, read_sweep
 from bgrpo_nb.study.trials import LEASE, TrialState, claim, open_storage, open_study, return_lost, run_trial
 
@@ -317,6 +318,46 @@ def test_two_sweeps_of_real_training_give_identical_metrics(tmp_path, monkeypatc
     assert result["seed"] == 3 and result["versions"]["torch"] and "rollout: sample" in (tmp_path / "two/trials/0001/config.yaml").read_text()
 
 
+@pytest.mark.parametrize("torn", ['{"op_code":', '{"op_code":5,"worker_id":"x","trial_id":0', '{"op_code":9}'])
+def test_a_journal_whose_last_line_is_torn_resumes(place, torn):
+    "By one worker, by several, and while others write: nothing is lost, and the torn line is gone"
+    folder = place / "torn"
+    sweep = read_sweep(write(place, parameters=dict(x=dict(values=[1, 2]), y=dict(value=0.5))))
+    study = open_study(sweep, folder)
+    assert run_trial(study, claim(study, sweep), sweep, folder) == "finished"
+    whole = (folder / "journal.log").read_bytes()
+    with open(folder / "journal.log", "a") as file: file.write(torn)
+    again = open_study(sweep, folder, resume=True)
+    assert run_trial(again, claim(again, sweep), sweep, folder) == "finished"
+    assert claim(study, sweep) is None
+    assert settled(trials(folder, sweep.name)) == {0, 1}
+    journal = (folder / "journal.log").read_bytes()
+    assert journal.startswith(whole) and all(json.loads(line) for line in journal.splitlines())
+
+
+@pytest.mark.parametrize("goal, best", [("maximize", 5), ("minimize", 0)])
+def test_analyze_knows_the_metric_of_a_sweep_of_ones_own(place, goal, best, capsys):
+    "Its name and its goal, from the sweep's folder, its journal and its trials, and of runs that no sweep made"
+    grid = GRID.replace("goal: maximize", f"goal: {goal}").replace("pause: {value: 0.012}", "pause: {value: 0}")
+    grid = grid.replace("y: {values: [0.0, 0.5, 1.0]}", "y: {value: 0.5}").replace("[0, 1, 2, 3, 4, 5]", "[0, 5]")
+    (place / "grid.yaml").write_text(grid)
+    status, said = launch("grid.yaml", "--output_dir", "run", "--workers", 1)
+    assert status == 0 and "bgrpo analyze" in said, said
+    for source in (["run"], ["run/journal.log"]):
+        assert main(["analyze", *source, "--arm", "x", "--out", "out"]) in (0, None)
+        said = capsys.readouterr().out
+        assert "metrics score" in said and said.splitlines()[3].split()[1] == str(best), said
+    runs = read_runs("run")
+    assert (runs.metric, runs.minimize) == ("score", goal == "minimize")
+    assert runs.best(runs.metric, 1, runs.minimize)["x"].item() == best
+    apart = place / "apart"
+    for k, path in enumerate(sorted(Path("run/trials").iterdir())):
+        (apart / str(k)).mkdir(parents=True)
+        for name in ("metrics.jsonl", "result.json"): shutil.copy(path / name, apart / str(k) / name)
+    assert read_runs(apart).metrics == [] and read_runs(apart, own="score").metrics == ["score"]
+    assert main(["analyze", "apart", "--metric", "score", "--out", "out"]) in (0, None)
+
+
 # --- the file -----------------------------------------------------------------------------------------------------------------------------------
 
 PARAMETERS = dict(x=dict(values=[1, 2]))
@@ -340,6 +381,8 @@ PARAMETERS = dict(x=dict(values=[1, 2]))
     (dict(method="random", run_cap=1, parameters=PARAMETERS | dict(seed=dict(values=[0, 1]))), "less than one configuration"),
     (dict(program="nowhere.py"), "no program nowhere.py"), (dict(command=["python", "toy.py"]), 'no "${args}"'), (dict(command="python toy.py"), "list of words"),
     (dict(command=["${program}", "${args}"], program=None), "`program:` is missing"), (dict(command=["${interpeter}", "${args}"]), "${interpeter} is not known"),
+    (dict(command=["${args}"], program=None), "no program before the flags"), (dict(command=["${env}", "${interpreter}", "${args}"], program=None), "no program before the flags"),
+    (dict(command=["python", "other.py", "${args}"]), "does not run the program toy.py"),
     (dict(early_terminate=dict(type="envelope")), "only hyperband"), (dict(early_terminate=dict(type="hyperband")), "give min_iter"), (dict(early_terminate=dict(type="hyperband", max_iter=9)), "max_iter with s"),
     (dict(early_terminate=dict(type="hyperband", min_iter=3, eta=1)), "eta must be 2"), (dict(early_terminate=dict(type="hyperband", min_iter=0)), "use 1 or more"),
     (dict(early_terminate=dict(type="hyperband", min_iter=3, strict=True)), "leave it out"), (dict(early_terminate=dict(type="hyperband", min_itr=3)), "did you mean min_iter"),

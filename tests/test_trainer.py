@@ -466,7 +466,8 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
                                          max_completion_length=1), "lower num_generations")])
 def test_what_cannot_work_is_one_clear_error(tmp_path, broken, says):
     with pytest.raises(ValueError, match=says):
-        BGRPOTrainer(new_model("tiny", **SMALL), by_length([]), settings(tmp_path, **broken), prompts(), processing_class=load_tokenizer("single")).train()
+        BGRPOTrainer(new_model("tiny", position="learned", **SMALL), by_length([]), settings(tmp_path, **broken),
+                     prompts(), processing_class=load_tokenizer("single")).train()
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "right_only", "minimum_risk"])

@@ -42,7 +42,7 @@ sweep's file, which says what was planned."""
 
 # %% auto #0
 __all__ = ['METRIC', 'ARM', 'Run', 'parse_value', 'metrics_of', 'validations', 'read_folder', 'run_folders',
-           'read_study', 'read_record', 'read_export', 'read_wandb', 'collect']
+           'read_study', 'read_record', 'read_export', 'read_wandb', 'metric_of', 'collect']
 
 # %% ../../nbs/10c_run_readers.ipynb #344ca98d
 import ast
@@ -120,12 +120,15 @@ def _metric_name(name: str) -> str: # `eval_*` where it is a metric
     if dotted: return f"eval_{dotted[2]}_{dotted[1]}"
     return re.sub(r"^eval/", "eval_", name)
 
-def metrics_of(row: dict) -> dict[str, float]: # `eval_*` -> number
+def metrics_of(row: dict,
+               own: str | None = None,      # a metric with another name, as of a sweep of one's own program
+               ) -> dict[str, float]:       # `eval_*` and the own -> number
     "The metrics in a row of a log"
     found = {}
     for key, value in (row | _degree_metrics(row)).items():
         name = _metric_name(key)
-        if not name.startswith("eval_") or name in _SETTINGS_CALLED_EVAL: continue
+        is_metric = name.startswith("eval_") and name not in _SETTINGS_CALLED_EVAL
+        if not (is_metric or name == own): continue
         number = None if isinstance(value, (dict, list)) else parse_value(value)
         if isinstance(number, (int, float)) and not isinstance(number, bool): found[name] = float(number)
     return found
@@ -135,11 +138,11 @@ def _step_of(row: dict): # int; None where the row has no step
         if row.get(name) is not None: return parse_value(row[name])
     return None
 
-def validations(rows: list[dict]) -> list[dict]: # `step` and metrics
+def validations(rows: list[dict], own: str | None = None) -> list[dict]: # `step` and metrics
     "The rows of a log that hold metrics"
     found = []
     for row in rows:
-        metrics = metrics_of(row)
+        metrics = metrics_of(row, own)
         if metrics: found.append({"step": _step_of(row), **metrics})
     return found
 
@@ -175,7 +178,9 @@ def _first(*values): # None where all are None
     return next((v for v in values if v is not None), None)
 
 # %% ../../nbs/10c_run_readers.ipynb #cc6da793
-def read_folder(folder) -> Run:
+def read_folder(folder,
+                own: str | None = None, # metric whose name does not begin with eval_; a trial names its sweep's
+                ) -> Run:
     "The run in a folder"
     folder = Path(folder).resolve()
     trial, result = _load(folder / "config.json") or {}, _load(folder / "result.json") or {}
@@ -185,7 +190,8 @@ def read_folder(folder) -> Run:
     tried = trial.get("parameters", {})
     seed = _first(trial.get("seed"), tried.get("seed"), result.get("seed"), config.get("seed"))
     return Run(
-        run=folder.name, state=state, parameters=parameters, history=validations(_load_lines(folder / "metrics.jsonl")),
+        run=folder.name, state=state, parameters=parameters,
+        history=validations(_load_lines(folder / "metrics.jsonl"), own or trial.get("metric")),
         attempt=trial.get("attempt"), planned=trial.get("planned"), seed=parse_value(seed),
         seconds=result.get("seconds"), commit=result.get("commit"), date=result.get("date"), folder=str(folder),
         reason=reason)
@@ -307,7 +313,9 @@ def _short_commit(commit) -> str | None: # 12 digits, or 13 signs where our own 
     return str(commit)[:12] if len(str(commit)) > 13 else str(commit)
 
 # %% ../../nbs/10c_run_readers.ipynb #67186bd7
-def read_record(record: dict) -> Run: # one with `config` and `summary`, or a flat row of W&B's page
+def read_record(record: dict,           # one with `config` and `summary`, or a flat row of W&B's page
+                own: str | None = None, # metric whose name does not begin with eval_
+                ) -> Run:
     "One run of W&B or of an export"
     nested = "config" in record
     config = _as_dict(record.get("config"))
@@ -321,15 +329,15 @@ def read_record(record: dict) -> Run: # one with `config` and `summary`, or a fl
     reason = everything.get("reason") or ("" if state == "finished" else f"W&B calls it {state}")
     return Run(
         run=str(values["run"]), state=_WANDB_STATES.get(state, state),
-        parameters=_settings(config if nested else flat, metrics_of(flat)),
-        history=validations(record.get("history") or [last]), attempt=parse_value(values["attempt"]),
+        parameters=_settings(config if nested else flat, metrics_of(flat, own)),
+        history=validations(record.get("history") or [last], own), attempt=parse_value(values["attempt"]),
         planned=parse_value(values["planned"]), seed=parse_value(values["seed"]),
         seconds=seconds if isinstance(seconds, (int, float)) else None, commit=_short_commit(values["commit"]),
         date=str(values["date"])[:10] if values["date"] else None,
         folder=str(values["folder"]) if values["folder"] else None, reason=str(reason))
 
 # %% ../../nbs/10c_run_readers.ipynb #09633256
-def read_export(path) -> list[Run]:
+def read_export(path, own: str | None = None) -> list[Run]:
     "The runs in a CSV, JSON or JSON Lines file"
     path = Path(path)
     if path.suffix == ".csv":
@@ -339,7 +347,7 @@ def read_export(path) -> list[Run]:
     if isinstance(records, dict): records = records.get("runs", [])
     if not records or not all(isinstance(r, dict) for r in records):
         raise ValueError(f"{path} holds no run; give a CSV with a line a run, or a JSON list with an object a run")
-    return [read_record(r) for r in records]
+    return [read_record(r, own) for r in records]
 
 # %% ../../nbs/10c_run_readers.ipynb #03c9e3c6
 def _require_login(path: str):
@@ -357,6 +365,7 @@ def _wandb_record(run) -> dict:
 
 def read_wandb(path: str,  # entity/project, entity/project/sweep, or the address of their page
                api=None,   # default: wandb.Api()
+               own: str | None = None, # metric whose name does not begin with eval_; default: the sweep's
                ) -> tuple[list[Run], dict]: # runs; the sweep's file
     "The runs of a project or of a sweep at W&B"
     import wandb
@@ -372,34 +381,41 @@ def read_wandb(path: str,  # entity/project, entity/project/sweep, or the addres
         why = " ".join(str(e).split())
         raise ValueError(f"W&B does not give {path} ({why}); log in with `wandb login`, or export the runs as CSV "
                          "and give that file") from None
-    runs = [read_record(r) for r in sorted(records, key=lambda r: str(r["created_at"]))]
-    return runs, dict(sweep.config) if sweep else {}
+    sweep_file = dict(sweep.config) if sweep else {}
+    own = own or metric_of(sweep_file)
+    runs = [read_record(r, own) for r in sorted(records, key=lambda r: str(r["created_at"]))]
+    return runs, sweep_file
 
 # %% ../../nbs/10c_run_readers.ipynb #77e97c00
 _WANDB_PATH = re.compile(r"[\w.-]+/[\w.-]+(/(sweeps/)?[a-z0-9]{6,12})?") # entity/project, entity/project/sweep
 
-def _read_source(source, study: str | None, api) -> tuple[list[Run], dict | None]: # runs, the sweep's file
+def metric_of(sweep_file: dict) -> str:
+    "The metric that a sweep's file names"
+    return (sweep_file.get("metric") or {}).get("name", METRIC)
+
+def _read_source(source, study, api, own) -> tuple[list[Run], dict | None]: # runs, the sweep's file
     "The runs of one source"
     path, text = Path(str(source)), str(source)
-    if path.is_dir(): return [read_folder(p) for p in run_folders(path)], _load(path / "sweep.yaml")
-    if path.is_file() and path.suffix in (".csv", ".json", ".jsonl"): return read_export(path), None
+    if path.is_dir(): return [read_folder(p, own) for p in run_folders(path)], _load(path / "sweep.yaml")
+    if path.is_file() and path.suffix in (".csv", ".json", ".jsonl"): return read_export(path, own), None
     if path.is_file():
         sweep_file = _load(path.parent / "sweep.yaml") or {}
-        return read_study(path, study, (sweep_file.get("metric") or {}).get("name", METRIC)), sweep_file
-    if text.startswith("wandb:") or "wandb.ai/" in text: return read_wandb(text, api)
-    if "://" in text: return read_study(text, study), None
-    if _WANDB_PATH.fullmatch(text) and not path.parent.is_dir(): return read_wandb(text, api)
+        return read_study(path, study, own or metric_of(sweep_file)), sweep_file
+    if text.startswith("wandb:") or "wandb.ai/" in text: return read_wandb(text, api, own)
+    if "://" in text: return read_study(text, study, own or METRIC), None
+    if _WANDB_PATH.fullmatch(text) and not path.parent.is_dir(): return read_wandb(text, api, own)
     raise ValueError(f"there is no {source}; give a sweep's folder, a run's folder, a folder of runs, an Optuna "
                      "journal or storage URL, a CSV or JSON export of W&B, or entity/project/sweep")
 
 def collect(sources,                  # paths, URLs, or names at W&B
             study: str | None = None, # of an Optuna storage that holds several
             api=None,                 # of W&B; default: wandb.Api()
+            own: str | None = None,   # metric whose name does not begin with eval_; default: the sweep's
             ) -> tuple[list[Run], dict]: # runs; the sweep's file, empty where there is none
     "The runs of any sources, one after the other"
     runs, sweep_file = [], {}
     for source in sources:
-        new, its_file = _read_source(source, study, api)
+        new, its_file = _read_source(source, study, api, own)
         runs += new
         sweep_file |= its_file or {}
     return runs, sweep_file

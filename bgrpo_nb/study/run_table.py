@@ -64,7 +64,7 @@ from scipy import stats
 
 # %% ../../nbs/10d_run_table.ipynb #235bc4de
 from .analysis_figures import Figures
-from .run_readers import ARM, METRIC, Run, collect, parse_value
+from .run_readers import ARM, METRIC, Run, collect, metric_of, parse_value
 
 # %% ../../nbs/10d_run_table.ipynb #a95805eb
 def _no_history(): return pd.DataFrame(columns=["run", "step"])
@@ -74,13 +74,19 @@ class RunTable(Figures):
     "Runs of one or several sources; figures and tests look at these fields alone"
     table: pd.DataFrame   # a row a run
     parameters: list[str] # columns: what was tried
-    metrics: list[str]    # columns: `eval_*`, last validation
+    metrics: list[str]    # columns: `eval_*` and a metric of one's own, last validation
     history: pd.DataFrame = field(default_factory=_no_history) # run, step, metrics
     reasons: dict[str, str] = field(default_factory=dict)      # run -> why it is not finished
     fixed: dict = field(default_factory=dict)                  # settings that all runs share
     sweep_file: dict = field(default_factory=dict)             # what the sweep's file says: method, parameters
 
     def __len__(self): return len(self.table)
+
+    @property
+    def metric(self) -> str: return metric_of(self.sweep_file) # what the sweep was about
+
+    @property
+    def minimize(self) -> bool: return (self.sweep_file.get("metric") or {}).get("goal") == "minimize"
 
     def counts(self) -> str:
         "How many runs are in which state"
@@ -222,9 +228,10 @@ def read_runs(*sources,                 # folders, an Optuna journal or storage 
               parameters=None,          # names of the columns; default: the settings that differ
               study: str | None = None, # of an Optuna storage that holds several
               api=None,                 # of W&B; default: wandb.Api()
+              own: str | None = None,   # metric whose name does not begin with eval_; default: the sweep's
                ) -> RunTable:
     "One table from any sources"
-    return tidy(*collect(sources, study, api), parameters)
+    return tidy(*collect(sources, study, api, own), parameters)
 
 # %% ../../nbs/10d_run_table.ipynb #0627d7b8
 @patch

@@ -292,7 +292,15 @@ def _read_command(content) -> list[str]: # words, `${args}` for the flags
     for w in command:
         if re.fullmatch(r"\$\{[a-z_]+\}", w) and w not in known:
             raise SweepError(f"command: {w} is not known, {_near(w, ARGS)}")
+    if program and str(program) not in command:
+        raise SweepError(f"command does not run the program {program}; write ${{program}} as one of its words")
+    if not _runs_something(command):
+        raise SweepError(f"command {' '.join(command)} has no program before the flags; add it as a word")
     return command
+
+def _runs_something(command) -> bool: # whether a program is named before the flags
+    before = itertools.takewhile(lambda word: word not in ARGS, command)
+    return any(word.strip() and word not in ("${env}", "${interpreter}") for word in before)
 
 # %% ../../nbs/10_sweeps.ipynb #919439a8
 def _is_count(v, least) -> bool: return isinstance(v, int) and not isinstance(v, bool) and v >= least

@@ -92,14 +92,26 @@ def _open_postgres(where):
 
 class _KernelLock(optuna.storages.journal.JournalFileOpenLock):
     "The system releases it when its holder is killed; Optuna's own locks remain for half a minute"
-    def __init__(self, path): self.path = f"{path}.lock"
+    def __init__(self, path): self.path, self.journal = f"{path}.lock", path
 
     def acquire(self) -> bool:
         self.file = open(self.path, "ab")
         fcntl.flock(self.file, fcntl.LOCK_EX)
+        if self.journal.exists(): _cut_torn_line(self.journal)
         return True
 
     def release(self): self.file.close()
+
+def _cut_torn_line(journal: Path):
+    "Remove a last line without an end: only a writer that was killed leaves one, and the lock is held"
+    with open(journal, "rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end and _byte_before(file, end) != b"\n": end -= 1
+        if end < size: file.truncate(end)
+
+def _byte_before(file, end: int) -> bytes:
+    file.seek(end - 1)
+    return file.read(1)
 
 def last_line(error) -> str: # for one-line messages: the first line of an error that says something
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
