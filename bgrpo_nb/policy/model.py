@@ -53,6 +53,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 # %% ../../nbs/02_model.ipynb #e7c7ebdc
 from ..base.assets import ASSETS
+from ..base.files import filling
 
 # %% ../../nbs/02_model.ipynb #0d948a36
 PAD, END = "□", "⁇"
@@ -256,14 +257,13 @@ def save_model(model,
                folder, # made if it does not exist
                dtype: torch.dtype | None = None, # of the saved weights; torch.bfloat16 halves the file
                ) -> Path: # the folder
-    "Save weights, configuration and tokenizer in Hugging Face format"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    "Save weights, configuration and tokenizer in Hugging Face format, all of them or nothing"
     model.config.use_cache = model.generation_config.use_cache = True  # trainers turn it off
     if dtype is not None:
         copy = type(model)(model.config).to(dtype)
         copy.load_state_dict(model.state_dict())
         model = copy
-    with _quietly(): model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    with filling(folder) as part, _quietly():
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    return Path(folder)
