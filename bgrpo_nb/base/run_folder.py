@@ -77,7 +77,8 @@ HISTORY = "changes.jsonl"            # what was changed when a run was resumed
 MAY_CHANGE = frozenset("""
     output_dir resume use_cpu bf16 fp16 tf32 bf16_full_eval fp16_full_eval local_rank ddp_backend ddp_timeout
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers torch_compile torch_compile_backend
-    torch_compile_mode gradient_checkpointing gradient_checkpointing_kwargs per_device_train_batch_size
+    torch_compile_mode gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
+    activation_checkpointing_kwargs per_device_train_batch_size
     per_device_eval_batch_size prompts_at_once trie_elements torch_empty_cache_steps
     dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers
     report_to run_name project trackio_space_id disable_tqdm log_level log_level_replica log_on_each_node logging_dir

@@ -35,6 +35,11 @@ from the start, and the time.
 GRPO is the same run with `rollout="sample"`. Samples have no order, so the beam rank of each is 0, and the reward
 by rank is the simple reward.
 
+## To continue
+
+With `resume=True`, at the terminal `--resume`, a run continues from its newest whole checkpoint. It is the run
+that was begun: its `config.yaml` says how, and a setting that differs is refused by name.
+
 ## What is refused
 
 A setting that cannot work ends the run before anything is computed. So does a folder that holds another run, a
