@@ -2,7 +2,7 @@
 
 Folders and modules, from the ground up:
 
-`bgrpo_nb.base`: What every floor may use: files, processes, run folders, settings, the style of figures.
+`bgrpo_nb.base`: What every floor may use: files, folders, processes, signals, settings, the style of figures.
 - `base.checkpoints`: Checkpoints of Hugging Face trainers in a run's folder: which are whole, and which one a run
   resumes from.
 - `base.files`: Files that are written whole or not at all, and files that are read while another process writes

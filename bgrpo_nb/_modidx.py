@@ -306,6 +306,8 @@ d = {
     ('cli.html#fields_help', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.filter_problems':
     ('cli.html#filter_problems', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli.fraction':
+    ('cli.html#fraction', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.generate':
     ('cli.html#generate', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.main':
@@ -684,6 +686,10 @@ d = {
     ('train.html#trainconfig', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train.TrainConfig.__post_init__':
     ('train.html#trainconfig.__post_init__', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._Trainer':
+    ('train.html#_trainer', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._Trainer.create_model_card':
+    ('train.html#_trainer.create_model_card', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._Validator':
     ('train.html#_validator', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._Validator.__call__':

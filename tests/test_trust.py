@@ -521,3 +521,13 @@ def test_locks_and_warnings_leave_no_trace(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with locked(tmp_path / "a"): pass
+
+
+def test_a_readme_of_somebodys_stays(tmp_path, policy):
+    "TRL writes a README.md into the run's folder with every checkpoint"
+    from bgrpo_nb.recipes.train import train_bgrpo
+    claim_folder(tmp_path / "run", "run")
+    (tmp_path / "run/README.md").write_text("my notes")
+    flags = dict(num_problems=12, prompts_per_step=2, num_generations=3, max_steps=1, held_out=0, max_completion_length=4, use_cpu=True, report_to="none", disable_tqdm=True)
+    train_bgrpo(TrainConfig(output_dir=str(tmp_path / "run"), model=str(policy), **flags))
+    assert (tmp_path / "run/README.md").read_text() == "my notes" and (tmp_path / "run/policy/config.json").exists()

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SPECIAL = ("/dev/", "/proc/")    # what is below is never replaced, whatever it is
+PART = ".part-"                  # the names of what is being written begin so
 
 
 def is_replaceable(path):
@@ -21,7 +22,7 @@ def is_replaceable(path):
 
 def _beside(path):
     "A name in the same folder that nothing has, with the same suffix"
-    return path.with_name(f".part-{secrets.token_hex(8)}{path.suffix}")
+    return path.with_name(f"{PART}{secrets.token_hex(8)}{path.suffix}")
 
 
 def _target(path):

@@ -9,7 +9,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from bgrpo_nb.base.files import is_replaceable
+from bgrpo_nb.base.files import PART, is_replaceable
 
 MARK = ".bgrpo_nb.json"
 HARMLESS = {MARK, ".DS_Store", "lost+found", ".ipynb_checkpoints"}    # nothing of anybody's is in these
@@ -18,7 +18,8 @@ HARMLESS = {MARK, ".DS_Store", "lost+found", ".ipynb_checkpoints"}    # nothing 
 def contents(folder):
     "The names in a folder that are somebody's, sorted; none where there is no folder"
     if not Path(folder).exists(): return []
-    return sorted({path.name for path in Path(folder).iterdir()} - HARMLESS)
+    names = {path.name for path in Path(folder).iterdir()} - HARMLESS
+    return sorted(name for name in names if not name.startswith(PART))
 
 
 def mark_of(folder):

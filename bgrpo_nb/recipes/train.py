@@ -294,12 +294,19 @@ def _check_lengths(tokenizer, model, problems, config):
                          f"the model has {room}. Leave out such problems, or choose another model")
 
 # %% ../../nbs/09a_train.ipynb #b52a63fb
+class _Trainer(BGRPOTrainer):
+    def create_model_card(self, *args, **kwargs):
+        "TRL's README.md of the run, which never replaces another one"
+        readme = Path(self.args.output_dir) / "README.md"
+        somebodys = readme.exists() and "generated_from_trainer" not in readme.read_text(errors="replace")
+        if not somebodys: super().create_model_card(*args, **kwargs)
+
 def _make_trainer(config, model, tokenizer, train, validator, callbacks) -> BGRPOTrainer:
     "The trainer on polynomials, with all that it reports to"
     reward = decomposition_reward(tokenizer, config.reward, config.domain, config.allow_trivial)
     prompts = Dataset.from_dict({"prompt": [p.prompt for p in train]})
-    trainer = BGRPOTrainer(model, reward, config, prompts, processing_class=tokenizer, evaluator=validator,
-                           callbacks=callbacks)
+    trainer = _Trainer(model, reward, config, prompts, processing_class=tokenizer, evaluator=validator,
+                       callbacks=callbacks)
     guard_wandb(trainer, WandbPanels(config.output_dir, lambda: _completions_of(trainer)))
     show_progress(trainer, "valid", "reward", "eval_beam_rank_score")
     return trainer
