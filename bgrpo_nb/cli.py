@@ -155,7 +155,8 @@ def filter_problems(argv):
     p.add_argument("--problems", required=True, help="file of problems")
     p.add_argument("--out", required=True, help="file for the problems that are kept")
     p.add_argument("--num_beams", type=WIDTH, default=25, help="beam width")
-    p.add_argument("--lowest", type=count(), default=1, help="first place to keep; 2 leaves out what the best beam solves")
+    p.add_argument("--lowest", type=count(), default=1,
+                   help="first place to keep; 2 leaves out what the best beam solves")
     p.add_argument("--highest", type=count(), help="last place to keep; left out: num_beams")
     p.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     a = p.parse_args(argv)

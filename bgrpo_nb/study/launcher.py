@@ -48,7 +48,7 @@ from optuna.trial import TrialState
 
 # %% ../../nbs/10b_launcher.ipynb #853004a6
 from ..base.files import last_lines, write_json
-from ..base.ownership import claim_folder
+from ..base.ownership import check_owner, claim_folder
 from ..base.processes import end, follow, shares, start, tie_to_parent
 from ..base.signals import handled
 from .sweeps import Sweep, SweepError, axis, draw, plan, read_sweep, size, words
@@ -339,6 +339,7 @@ def run_wandb(sweep, file, folder, agents=1, entity=None, project=None,
               ) -> int:    # exit status: 0, 1 (no run finished), 130 (stopped)
     "Run a sweep at W&B with `agents` processes, or help one that is running"
     import wandb
+    if folder: check_owner(folder, "sweep", was_ours=is_sweep)
     try: return _run_agents(wandb, sweep, file, folder, agents, entity, project, join, shares(agents, gpus, threads),
                             show or Screen())
     except SweepError: raise
