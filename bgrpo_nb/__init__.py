@@ -2,15 +2,23 @@
 
 Folders and modules, from the ground up:
 
-`bgrpo_nb.base`: What every floor may use: files, processes, run folders, settings, the style of figures.
+`bgrpo_nb.base`: What every floor may use: files, folders, processes, signals, settings, the style of figures.
+- `base.checkpoints`: Checkpoints of Hugging Face trainers in a run's folder: which are whole, and which one a run
+  resumes from.
 - `base.extras`: Packages that only some uses need: asked for with the exact command where one is missing.
 - `base.files`: Files that are written whole or not at all, and files that are read while another process writes
   them.
+- `base.network`: With whom the package speaks over the network: with nobody, unless somebody is logged in to W&B
+  or asked for it.
+- `base.ownership`: Which files and folders this package may write to: new ones, empty folders, and folders that
+  carry its mark.
 - `base.plotting`: One style for all figures of the package.
 - `base.processes`: Child processes that end together with the process that started them.
 - `base.run_folder`: The folder of a run: what was asked (`config.yaml`), what happened (`metrics.jsonl`), how it
   ended (`result.json`), and checkpoints in the format of Hugging Face.
-- `base.settings`: Fields of a config dataclass, each with its help text.
+- `base.settings`: Fields of a config dataclass, each with its help text, its type and the range of its values.
+- `base.signals`: Signals that ask a program to stop: Ctrl-C, SIGTERM, and SIGHUP of a terminal that was closed.
+- `base.strict_yaml`: YAML files of settings, read as their author means them.
 
 `bgrpo_nb.algebra`: The task: polynomials in prefix notation, verified by exact algebra; no torch.
 - `algebra.exact_decomposition`: Every decomposition of a polynomial in one variable, by the root of a power series
@@ -76,6 +84,8 @@ Folders and modules, from the ground up:
 - `recipes.callbacks`: What a training does besides its steps: it logs, draws, shows progress, and stops cleanly at
   a signal.
 - `recipes.demo`: A policy that knows degree 2∘2 learns 3∘2 from its own beams, and is measured before and after.
+- `recipes.flags`: What somebody typed or wrote in a YAML file becomes a config, read as it was meant, or refused
+  in one line.
 - `recipes.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
 - `recipes.train`: Problems are chosen, a policy is trained by its beams, validated and saved: what `bgrpo train`
   does.

@@ -244,8 +244,10 @@ d = {
     ('data.html#write_problems', 'bgrpo_nb/algebra/problems.py'),
   },
   'bgrpo_nb.cli': {
-   'bgrpo_nb.cli.Fault':
-    ('cli.html#fault', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli.Stopped':
+    ('cli.html#stopped', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli.Stopped.__init__':
+    ('cli.html#stopped.__init__', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._Parser':
     ('cli.html#_parser', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._Parser.__init__':
@@ -258,12 +260,14 @@ d = {
     ('cli.html#_add_policy', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._beside':
     ('cli.html#_beside', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._check_destination':
+    ('cli.html#_check_destination', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._check_trials':
     ('cli.html#_check_trials', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._choose_engine':
     ('cli.html#_choose_engine', 'bgrpo_nb/cli.py'),
-   'bgrpo_nb.cli._documented_field':
-    ('cli.html#_documented_field', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._is_analysis':
+    ('cli.html#_is_analysis', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._leave_the_process_group':
     ('cli.html#_leave_the_process_group', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._make_problems':
@@ -274,24 +278,28 @@ d = {
     ('cli.html#_read_gpus', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._read_seeds':
     ('cli.html#_read_seeds', 'bgrpo_nb/cli.py'),
-   'bgrpo_nb.cli._read_yaml':
-    ('cli.html#_read_yaml', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._refuse_sweep':
     ('cli.html#_refuse_sweep', 'bgrpo_nb/cli.py'),
-   'bgrpo_nb.cli._rename':
-    ('cli.html#_rename', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._report_training':
     ('cli.html#_report_training', 'bgrpo_nb/cli.py'),
-   'bgrpo_nb.cli._rollout':
-    ('cli.html#_rollout', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._run':
+    ('cli.html#_run', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._say':
+    ('cli.html#_say', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._stop':
+    ('cli.html#_stop', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._sweep_parser':
     ('cli.html#_sweep_parser', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._train':
     ('cli.html#_train', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._unforeseen':
+    ('cli.html#_unforeseen', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.analyze':
     ('cli.html#analyze', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.convert':
     ('cli.html#convert', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli.count':
+    ('cli.html#count', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.demo':
     ('cli.html#demo', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.evaluate':
@@ -300,26 +308,22 @@ d = {
     ('cli.html#fields_help', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.filter_problems':
     ('cli.html#filter_problems', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli.fraction':
+    ('cli.html#fraction', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.generate':
     ('cli.html#generate', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.main':
     ('cli.html#main', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.overview':
     ('cli.html#overview', 'bgrpo_nb/cli.py'),
-   'bgrpo_nb.cli.own_fields':
-    ('cli.html#own_fields', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.plot':
     ('cli.html#plot', 'bgrpo_nb/cli.py'),
-   'bgrpo_nb.cli.read_config':
-    ('cli.html#read_config', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.sft':
     ('cli.html#sft', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.sweep':
     ('cli.html#sweep', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli.train':
     ('cli.html#train', 'bgrpo_nb/cli.py'),
-   'bgrpo_nb.cli.unknown_flag':
-    ('cli.html#unknown_flag', 'bgrpo_nb/cli.py'),
   },
   'bgrpo_nb.learn.arguments': {
    'bgrpo_nb.learn.arguments._check_columns':
@@ -580,8 +584,6 @@ d = {
     ('trl_batching.html#trie_logps', 'bgrpo_nb/learn/trl_batching.py'),
   },
   'bgrpo_nb.policy.checkpoints': {
-   'bgrpo_nb.policy.checkpoints._check_apart':
-    ('checkpoints.html#_check_apart', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._check_heads':
     ('checkpoints.html#_check_heads', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._export_checkpoint':
@@ -600,6 +602,8 @@ d = {
     ('checkpoints.html#_read_heads', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._read_state':
     ('checkpoints.html#_read_state', 'bgrpo_nb/policy/checkpoints.py'),
+   'bgrpo_nb.policy.checkpoints._refuse_own_place':
+    ('checkpoints.html#_refuse_own_place', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._save':
     ('checkpoints.html#_save', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints._to_gpt2':
@@ -705,6 +709,34 @@ d = {
    'bgrpo_nb.recipes.demo.run_demo':
     ('demo.html#run_demo', 'bgrpo_nb/recipes/demo.py'),
   },
+  'bgrpo_nb.recipes.flags': {
+   'bgrpo_nb.recipes.flags.Fault':
+    ('flags.html#fault', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._documented_field':
+    ('flags.html#_documented_field', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._read_flags':
+    ('flags.html#_read_flags', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._rename':
+    ('flags.html#_rename', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._renamed':
+    ('flags.html#_renamed', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._rollout':
+    ('flags.html#_rollout', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._type':
+    ('flags.html#_type', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._values_of_file':
+    ('flags.html#_values_of_file', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._values_of_run':
+    ('flags.html#_values_of_run', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags.describe_fields':
+    ('flags.html#describe_fields', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags.documented':
+    ('flags.html#documented', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags.read_config':
+    ('flags.html#read_config', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags.unknown_flag':
+    ('flags.html#unknown_flag', 'bgrpo_nb/recipes/flags.py'),
+  },
   'bgrpo_nb.recipes.sft': {
    'bgrpo_nb.recipes.sft.MuonAdamW':
     ('sft.html#muonadamw', 'bgrpo_nb/recipes/sft.py'),
@@ -736,6 +768,10 @@ d = {
     ('sft.html#_trainer', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer._get_train_sampler':
     ('sft.html#_trainer._get_train_sampler', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer._save_checkpoint':
+    ('sft.html#_trainer._save_checkpoint', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer._save_rng_state':
+    ('sft.html#_trainer._save_rng_state', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer.create_optimizer':
     ('sft.html#_trainer.create_optimizer', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._generate':
@@ -752,6 +788,8 @@ d = {
     ('sft.html#_samples_of_file', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._share':
     ('sft.html#_share', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._train':
+    ('sft.html#_train', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._training_attention':
     ('sft.html#_training_attention', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.bf16_is_native':
@@ -774,6 +812,10 @@ d = {
     ('train.html#trainconfig', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train.TrainConfig.__post_init__':
     ('train.html#trainconfig.__post_init__', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._Trainer':
+    ('train.html#_trainer', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._Trainer.create_model_card':
+    ('train.html#_trainer.create_model_card', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._Validator':
     ('train.html#_validator', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._Validator.__call__':
@@ -786,8 +828,6 @@ d = {
     ('train.html#_validator.kl_to_start', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._Validator.remember':
     ('train.html#_validator.remember', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._at_wandb':
-    ('train.html#_at_wandb', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._check_lengths':
     ('train.html#_check_lengths', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._completions_of':
@@ -1498,6 +1538,8 @@ d = {
     ('test_sets.html#_degrees_by_name', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._end_of':
     ('test_sets.html#_end_of', 'bgrpo_nb/solve/test_sets.py'),
+   'bgrpo_nb.solve.test_sets._is_evaluation':
+    ('test_sets.html#_is_evaluation', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._known_rows':
     ('test_sets.html#_known_rows', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._require_answers':
@@ -1666,8 +1708,8 @@ d = {
     ('launcher.html#describe', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher.dry_run':
     ('launcher.html#dry_run', 'bgrpo_nb/study/launcher.py'),
-   'bgrpo_nb.study.launcher.logged_in':
-    ('launcher.html#logged_in', 'bgrpo_nb/study/launcher.py'),
+   'bgrpo_nb.study.launcher.is_sweep':
+    ('launcher.html#is_sweep', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher.run_optuna':
     ('launcher.html#run_optuna', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher.run_wandb':
@@ -1856,10 +1898,6 @@ d = {
     ('sweeps.html#sweep.direction', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps.SweepError':
     ('sweeps.html#sweeperror', 'bgrpo_nb/study/sweeps.py'),
-   'bgrpo_nb.study.sweeps._Loader':
-    ('sweeps.html#_loader', 'bgrpo_nb/study/sweeps.py'),
-   'bgrpo_nb.study.sweeps._Loader.construct_mapping':
-    ('sweeps.html#_loader.construct_mapping', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._check':
     ('sweeps.html#_check', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._check_drawn':
@@ -1880,8 +1918,6 @@ d = {
     ('sweeps.html#_kind', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._near':
     ('sweeps.html#_near', 'bgrpo_nb/study/sweeps.py'),
-   'bgrpo_nb.study.sweeps._not_a_number':
-    ('sweeps.html#_not_a_number', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._one_of':
     ('sweeps.html#_one_of', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._plain':

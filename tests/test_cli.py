@@ -29,7 +29,7 @@ def test_help_comes_without_loading_anything_heavy(words):
 
 
 @pytest.mark.parametrize("line,says", [
-    ("trian", "did you mean train"), ("generate", "required: out"), ("generate x --degrees 1_2", "both 2 or more"), ("generate x --n many", "invalid int"),
+    ("trian", "did you mean train"), ("generate", "required: out"), ("generate x --degrees 1_2", "both 2 or more"), ("generate x --n many", "no whole number"),
     ("evaluate --problems nowhere.txt", "no file nowhere.txt"), ("evaluate --model nowhere --problems good.txt", "no model at nowhere"),
     ("evaluate --problems bad.txt", "bad.txt, line 2"), ("evaluate --problems many.txt", "vocabulary='multi'"), ("filter --problems good.txt --out x --lowest 30", "1 to num_beams=25"),
     ("train --objective best", "one of paper, original"), ("train --lerning_rate 1", "did you mean --learning_rate"), ("train --problems nowhere.txt", "no file"),

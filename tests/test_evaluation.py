@@ -244,8 +244,8 @@ def test_a_fingerprint_depends_on_weights_and_vocabulary_not_on_the_folder(polic
     (["--problems", "good.txt", "--model", "tiny", "broken"], "is the folder complete?"),
     (["--problems", "good.txt", "bare.txt", "--out", "r.json"], "name a folder for --out"),
     (["--problems", "good.txt", "--out", "good.txt/x"], "choose another --out"),
-    (["--problems", "good.txt", "--num_beams", "0"], "use 1 or more"),
-    (["--problems", "good.txt", "--curve_beams", "-3"], "use 1 or more")])
+    (["--problems", "good.txt", "--num_beams", "0"], "no whole number"),
+    (["--problems", "good.txt", "--curve_beams", "-3"], "no whole number")])
 def test_bad_input_is_one_line(words, says, tmp_path, capsys, monkeypatch):
     write_problems(tmp_path / "good.txt", generate_problems(3, 2, 2, seed=5))
     (tmp_path / "bare.txt").write_text("+ P 1 ^ a P 4 ⁇\n")

@@ -433,11 +433,11 @@ def test_convert_does_not_replace_its_source(tmp_path):
     authors(tmp_path)
     for source, destination in ((tmp_path / "hf", tmp_path / "hf/model.safetensors"),):
         before = destination.read_bytes()
-        with pytest.raises(ValueError, match="part of the source"): convert_checkpoint(source, destination)
+        with pytest.raises(ValueError, match="in the folder of its source"): convert_checkpoint(source, destination)
         assert destination.read_bytes() == before
     theirs = convert_checkpoint(tmp_path / "hf", tmp_path / "theirs/model.safetensors")
     before = theirs.read_bytes()
-    with pytest.raises(ValueError, match="part of the source"): convert_checkpoint(theirs, tmp_path / "theirs")
+    with pytest.raises(ValueError, match="in the folder of its source"): convert_checkpoint(theirs, tmp_path / "theirs")
     assert theirs.read_bytes() == before
 
 

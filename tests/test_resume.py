@@ -178,7 +178,7 @@ def test_kill_9_and_resume(policy, tmp_path, processes):
     (torn / "trainer_state.json").write_text('{"global_step": 9, "log')
     again = subprocess.run([*command(policy, "killed", processes), "--resume"], cwd=tmp_path, env=ALONE, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "checkpoint-9 was not written to its end" in again.stderr
+    assert "checkpoint-9 is ignored, it was not written to its end" in again.stderr
     a, b = rows_of(tmp_path / "straight"), rows_of(tmp_path / "killed")
     assert len([r for r in a if "loss" in r]) == 10 and a == b
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("straight", "killed"))
@@ -211,13 +211,16 @@ def test_another_number_of_processes_continues_with_a_warning(policy, tmp_path):
 
 
 def test_incomplete_checkpoints_are_skipped_and_removed(tmp_path):
+    with open_run(tmp_path, {}): pass
     for step, state in ((2, '{"global_step": 2}'), (4, '{"global_step": 4, "best'), (6, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in ("model.safetensors.index.json", "optimizer.json"):    # stand for weights and optimizer
+            (tmp_path / f"checkpoint-{step}" / name).write_text("{}")
         if state: (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(state)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert open_run(tmp_path, {}, resume=True).name == "checkpoint-2"
-    assert [str(w.message).split(" was not")[0][-12:] for w in caught] == ["checkpoint-4", "checkpoint-6"]
+        with open_run(tmp_path, {}, resume=True) as checkpoint: assert checkpoint.name == "checkpoint-2"
+    assert [str(w.message).split(" is ignored")[0][-12:] for w in caught] == ["checkpoint-4", "checkpoint-6"]
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -246,7 +249,7 @@ def test_a_disk_too_small_is_found_before_training(policy, tmp_path, monkeypatch
 FULL = """
 mount -t tmpfs -o size=$SIZE disk disk || exit 77
 "$@"; status=$?
-find disk -type f > found.txt; cp -r disk/run/checkpoint-* kept/ 2>/dev/null
+find disk -type f > found.txt; cp -r disk/run/. kept/ 2>/dev/null
 exit $status
 """
 
@@ -280,7 +283,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(policy, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("bgrpo:")]
     assert len(said) == 1 and "cannot be written" in said[0] and "--resume" in said[0], done.stderr[-2000:]
-    kept = sorted(p.name for p in (tmp_path / "kept").iterdir())
+    kept = sorted(p.name for p in (tmp_path / "kept").glob("checkpoint-*"))
     assert kept and newest_checkpoint(tmp_path / "kept").name == kept[-1]
     shutil.copytree(tmp_path / "kept", tmp_path / "disk/run")              # the namespace is gone, and the disk with it
     steps = int(kept[-1][11:])

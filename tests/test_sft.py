@@ -16,6 +16,7 @@ from bgrpo_nb.algebra.problems import (
 from bgrpo_nb.search.generation import greedy
 from bgrpo_nb.policy.model import decode_completions, encode, load_model, load_tokenizer, new_model, save_model
 from bgrpo_nb.algebra.polynomial import canonical_inner, verify
+from bgrpo_nb.base.ownership import claim_folder
 from bgrpo_nb.base.run_folder import checkpoints, read_metrics, newest_checkpoint
 from bgrpo_nb.recipes.callbacks import StopCleanly
 from bgrpo_nb.recipes.sft import ProblemStream, SupervisedConfig, bucketed_order, collate, make_samples, train_policy
@@ -219,6 +220,6 @@ def test_a_wrong_setting(config, changes, fault):
 def test_a_folder_that_is_taken(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="another --output_dir"): train_policy(config("file/run"))
-    (tmp_path / "run").mkdir()
+    claim_folder(tmp_path / "run", "run")
     (tmp_path / "run/result.json").write_text("{}")
     with pytest.raises(FileExistsError, match="--resume"): train_policy(config())

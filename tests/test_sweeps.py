@@ -14,6 +14,7 @@ import optuna
 import psutil
 import pytest
 
+from bgrpo_nb.base.ownership import claim_folder
 from bgrpo_nb.cli import main
 from bgrpo_nb.base.processes import MARK, shares, visible_gpus
 from bgrpo_nb.study.analysis import read_runs
@@ -213,7 +214,7 @@ def test_a_trial_that_was_taken_for_lost_does_not_count_twice(place, monkeypatch
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_stopped_and_resumed(place, number):
     folder = place / "out"
-    folder.mkdir()
+    claim_folder(folder, "sweep")
     (folder / "slow").touch()
     process = launch("grid.yaml", "--workers", 2, "--output_dir", folder, wait=False)
     until(lambda: (folder / "journal.log").exists() and len(settled(started(folder)() or [])) >= 2 and len(running(trials(folder))) == 2)
@@ -229,7 +230,7 @@ def test_stopped_and_resumed(place, number):
 
 def test_all_failed_is_status_1_with_logs_and_reasons_and_can_be_mended(place):
     folder = place / "out"
-    folder.mkdir()
+    claim_folder(folder, "sweep")
     (folder / "broken").touch()
     status, said = launch("grid.yaml", "--run_cap", 4, "--workers", 2, "--output_dir", folder)
     assert status == 1 and "failed: trials/0000: exit status 1: the data is not there" in said, said
@@ -420,7 +421,7 @@ def test_every_sweep_of_the_repository_can_run(path):
 @pytest.mark.parametrize("line,says", [
     ("", "which file"), ("nowhere.yaml", "no sweep file nowhere.yaml"), ("grid.yaml --workers 0", "use 1 or more"), ("grid.yaml --retry_failed", "add --resume"), ("grid.yaml --resume", "leave out --resume"),
     ("grid.yaml --seeds none", "no list of seeds"), ("grid.yaml --storage sqlite:///x.db", "two workers"), ("grid.yaml --engine wandb", "wandb login"), ("grid.yaml --join a/b/c", "ID alone"),
-    ("grid.yaml --engine wandb --resume", "--join ID"), ("wrong.yaml", "did you mean --learning_rate"), ("few.yaml", "leaves nothing to compare"), ("grid.yaml --worker 2", "did you mean --workers"),
+    ("grid.yaml --engine wandb --resume", "--join ID"), ("wrong.yaml", "did you mean --learning_rate"), ("few.yaml", "from 2 to 10000"), ("grid.yaml --worker 2", "did you mean --workers"),
 ])
 def test_what_cannot_be_done_is_one_line_and_status_2(place, capsys, monkeypatch, line, says):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -481,7 +482,7 @@ def postgres():
 def test_two_machines_share_a_sweep_through_postgresql(place, postgres):
     "Two launchers with folders of their own, three workers, one killed mid-trial: every point once"
     here, there = place / "here", place / "there"
-    for folder in (here, there): folder.mkdir(), (folder / "slow").touch()
+    for folder in (here, there): claim_folder(folder, "sweep"), (folder / "slow").touch()
     storage = open_storage(here, postgres)
     first = launch("grid.yaml", "--workers", 2, "--output_dir", here, "--storage", postgres, wait=False)
     until(lambda: "grid" in optuna.get_all_study_names(storage))
@@ -530,7 +531,7 @@ def test_wandb_failures_are_counted_and_a_running_sweep_is_joined(place):
     "An agent ends with 0 even when every run failed; the launcher does not"
     from fake_wandb import FakeWandb
     with FakeWandb() as server:
-        (place / "out").mkdir()
+        claim_folder(place / "out", "sweep")
         (place / "out/broken").touch()
         status, said = launch(write(place, **SIX), "--run_cap", 2, "--output_dir", "out", **server.env)
         assert status == 1 and {r["state"] for r in server.runs.values()} == {"failed"} and len(server.runs) == 2, said

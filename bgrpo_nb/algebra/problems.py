@@ -36,7 +36,6 @@ __all__ = ['Problem', 'compose_rows', 'format_rows', 'canonical_rows', 'polynomi
            'read_problems', 'filter_by_degree', 'mix', 'split']
 
 # %% ../../nbs/01_data.ipynb #3e5fdcf5
-import os
 import random
 from math import gcd
 from pathlib import Path
@@ -47,6 +46,7 @@ import numpy as np
 from flint import Ordering, fmpz_mpoly_ctx
 
 # %% ../../nbs/01_data.ipynb #e351e539
+from ..base.files import write_text
 from .notation import to_html
 from .polynomial import (
     PrefixError, coefficients, degree, find_variables, parse, to_prefix, verify)
@@ -402,12 +402,7 @@ def generate_on_singlets(n: int, # how many
 def write_problems(path, # where to
                    problems: Iterable[Problem]) -> Path:
     "One problem a line; an existing file is replaced as a whole, or not at all"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(p.line + "\n" for p in problems), encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_text(path, "".join(p.line + "\n" for p in problems))
 
 def _read_line(line: str) -> Problem:
     "One line; PrefixError says what is wrong with it"

@@ -1,11 +1,18 @@
-"""What every floor may use: files, processes, run folders, settings, the style of figures.
+"""What every floor may use: files, folders, processes, signals, settings, the style of figures.
 
 - `assets`: the folder of the bundled policies, vocabularies and styles (`ASSETS`)
-- `files`: files that are written whole or not at all (`write_text`, `write_json`) and files that are read while they
-  grow (`JsonlTail`, `last_lines`)
-- `settings`: a field of a config with its help text (`setting`)
-- `run_folder`: what a run leaves behind: config, metrics, checkpoints, result, and where they came from
-  (`open_run`, `checkpoints`, `newest_checkpoint`, `read_metrics`, `best_of`, `provenance`)
+- `files`: files that are written whole or not at all (`write_text`, `replacing`, `filling`), and files that are read
+  while they grow (`JsonlTail`, `last_lines`)
+- `ownership`: which folders this package may write to (`claim_folder`, `locked`, `check_new_file`)
+- `strict_yaml`: YAML files of settings, read as their author means them (`read_yaml`, `parse_yaml`)
+- `settings`: a field of a config with its help text and range, and the reader of its value (`setting`, `settings_of`,
+  `read_value`, `check_ranges`)
+- `checkpoints`: which checkpoints are whole, and which one a run resumes from (`seal`, `checkpoints`,
+  `newest_checkpoint`)
+- `run_folder`: what a run leaves behind: config, metrics, result, and where they came from
+  (`open_run`, `read_metrics`, `best_of`, `provenance`)
+- `signals`: Ctrl-C, SIGTERM and a closed terminal (`handled`)
+- `network`: with whom the package speaks over the network (`logged_in`, `report_nothing`)
 - `processes`: child processes that end together with the process that started them (`start`, `end`, `follow`)
 - `plotting`: the style of all figures (`use_style`)
 - `extras`: packages that only some uses need (`need`)

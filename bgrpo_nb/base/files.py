@@ -1,20 +1,88 @@
 """Files that are written whole or not at all, and files that are read while another process writes them.
 
-A file is first written under another name and then renamed, so that a reader never sees half of it, and a process
-that is killed leaves the old file as it was."""
+A file is first written under a name of its own and then renamed, so that a reader never sees half of it, and a process
+that is killed leaves the old file as it was. A link is followed, and a device or a pipe is written to: neither is ever
+replaced."""
 import json
 import os
+import secrets
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
+
+SPECIAL = ("/dev/", "/proc/")    # what is below is never replaced, whatever it is
+PART = ".part-"                  # the names of what is being written begin so
+
+
+def is_replaceable(path):
+    "Can a new file take the place of `path`? Not where it is a device, a pipe or a folder"
+    if os.path.abspath(path).startswith(SPECIAL): return False
+    return Path(path).is_file() or not Path(path).exists()
+
+
+def _beside(path):
+    "A name in the same folder that nothing has, with the same suffix"
+    return path.with_name(f"{PART}{secrets.token_hex(8)}{path.suffix}")
+
+
+def _target(path):
+    "The path itself; of a link, what it leads to"
+    target = Path(os.path.realpath(path))
+    if target.is_symlink(): raise OSError(f"{path} is a link that leads to itself; choose another name")
+    return target
+
+
+@contextmanager
+def replacing(path):
+    "A path to write to; what is there when the block ends without an error takes the place of the file `path`"
+    if not is_replaceable(path):
+        yield Path(path)
+        return
+    target = _target(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = _beside(target)
+    try:
+        yield part
+        if target.exists(): shutil.copymode(target, part)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(folder):
+    """An empty folder to write to; what is in it when the block ends without an error is moved into `folder`.
+
+    Other files of `folder` stay. What goes wrong while it is written is one OSError, and `folder` is as it was."""
+    target = _target(folder)
+    part = _beside(target)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        target.mkdir(exist_ok=True)
+        for path in part.iterdir(): os.replace(path, target / path.name)
+    except write_errors() as e:
+        raise OSError(f"{folder} cannot be written ({first_line(e)}); free some space and run the same command again, "
+                      "a training with --resume") from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_errors():
+    "The errors of Python, torch and safetensors where something cannot be written"
+    from safetensors import SafetensorError
+    return OSError, RuntimeError, SafetensorError
+
+
+def first_line(error):
+    "What an error says, as one line"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_text(path, text):
     "Write `text` as UTF-8, whole or not at all; makes missing folders; returns the path"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-    return path
+    with replacing(path) as part: part.write_text(text, encoding="utf-8")
+    return Path(path)
 
 
 def write_json(path, content):

@@ -9,11 +9,14 @@ import platform
 import shutil
 import subprocess
 import time
-import warnings
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from bgrpo_nb.base.checkpoints import checkpoints, newest_checkpoint, set_aside, step_of
 from bgrpo_nb.base.files import write_text
+from bgrpo_nb.base.ownership import check_owner, claim_folder, locked
+from bgrpo_nb.base.strict_yaml import read_yaml
 
 PACKAGES = ("bgrpo_nb", "torch", "transformers", "trl", "accelerate", "numpy", "sympy", "python-flint")
 
@@ -65,78 +68,104 @@ def describe_lines(name, lines):
     return dict(name=name, n=len(lines), sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest())
 
 
-# Checkpoints
-
-def _step_of(checkpoint): # a folder `checkpoint-STEP`
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _is_whole(checkpoint):
-    "Was this checkpoint written to its end? `trainer_state.json` is the last of its files"
-    try: return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError): return False
-
-
-def _checkpoint_folders(folder):
-    "Folders named `checkpoint-STEP`, whole or not, oldest first"
-    found = Path(folder).glob("checkpoint-*")
-    numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(numbered, key=_step_of)
-
-
-def checkpoints(folder):
-    "The whole checkpoints in a run's folder, oldest first"
-    return [path for path in _checkpoint_folders(folder) if _is_whole(path)]
-
-
-def newest_checkpoint(folder):
-    "The newest whole checkpoint in a run's folder; FileNotFoundError if there is none"
-    whole = checkpoints(folder)
-    if not whole:
-        raise FileNotFoundError(f"{folder} holds no whole checkpoint to resume from; leave out --resume to start")
-    newest = whole[-1]
-    for torn in _checkpoint_folders(folder):
-        if _step_of(torn) > _step_of(newest):
-            warnings.warn(f"{torn} was not written to its end and is ignored; the run continues from {newest.name}")
-    return newest
-
-
 # Opening a run
 
 DERIVED = {"generation_batch_size"}  # not written to config.yaml: TRL refuses it together with what it follows from
+HISTORY = "changes.jsonl"            # what was changed when a run was resumed
+
+# What may change when a run is resumed: where it runs, what it reports, how long it is, and when it validates and saves
+MAY_CHANGE = frozenset("""
+    output_dir resume use_cpu bf16 fp16 tf32 bf16_full_eval fp16_full_eval local_rank ddp_backend ddp_timeout
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers torch_compile torch_compile_backend
+    torch_compile_mode gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
+    activation_checkpointing_kwargs per_device_train_batch_size
+    per_device_eval_batch_size prompts_at_once trie_elements torch_empty_cache_steps
+    dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers
+    report_to run_name project trackio_space_id disable_tqdm log_level log_level_replica log_on_each_node logging_dir
+    logging_steps logging_first_step logging_strategy logging_nan_inf_filter log_completions
+    num_completions_to_print log_unique_prompts include_num_input_tokens_seen include_tokens_per_second
+    skip_memory_metrics push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision
+    max_steps num_train_epochs eval_strategy eval_steps eval_delay eval_on_start
+    save_strategy save_steps save_total_limit save_on_each_node load_best_model_at_end""".split())
 
 
-def open_run(folder, config, resume=False, main=True):
-    """Make the folder of a run, or open it again, before anything is computed.
+@contextmanager
+def open_run(folder, config, resume=False, main=True, fixed=()):
+    """A run's folder, made or opened again before anything is computed, and locked while the block runs.
 
-    Returns the checkpoint to resume from, or None. Only the `main` process writes. FileExistsError if the folder holds
-    another run, FileNotFoundError if there is nothing to resume, OSError if the folder cannot be written."""
-    folder = Path(folder)
+    Gives the checkpoint to resume from, or None. Only the `main` process writes. FileExistsError if the folder holds
+    another run or is somebody else's, FileNotFoundError if there is nothing to resume, ValueError for a setting that is
+    not the run's (of those that may change, `fixed` may not), OSError if the folder cannot be written."""
+    folder, config = Path(folder), _as_written(config)
+    check_owner(folder, *RUNS, was_ours=is_run)
     if not resume and (checkpoints(folder) or (folder / "result.json").exists()):
         raise FileExistsError(f"{folder} already holds a run; "
                               "add --resume to continue it, or choose another --output_dir")
     checkpoint = newest_checkpoint(folder) if resume else None
-    if not main: return checkpoint
-    try: _prepare(folder, config, checkpoint)
-    except OSError as e:
-        message = f"the run folder {folder} cannot be written ({e.strerror}); choose another --output_dir"
-        raise OSError(message) from None
-    return checkpoint
+    changed = _changes(folder, config, fixed) if resume else {}
+    if not main:
+        yield checkpoint
+        return
+    claim_folder(folder, *RUNS, was_ours=is_run)
+    with locked(folder):
+        try: _prepare(folder, config, checkpoint, changed)
+        except OSError as e:
+            message = f"the run folder {folder} cannot be written ({e.strerror}); choose another --output_dir"
+            raise OSError(message) from None
+        yield checkpoint
 
 
-def _prepare(folder, config, checkpoint): # None: a new run
+RUNS = ("run", "demo")    # the kinds of folders that hold a run
+
+
+def is_run(folder):
+    "Did an earlier version, which wrote no mark, leave this run here?"
+    if not (Path(folder) / "metrics.jsonl").is_file(): return False
+    try: recorded = read_run_config(folder)
+    except (OSError, ValueError): return False
+    return {"output_dir", "held_out", "degrees", "resume"} <= recorded.keys()
+
+
+def read_run_config(folder):
+    "What config.yaml in a run's folder says; ValueError if it cannot be read"
+    return read_yaml(Path(folder) / "config.yaml")
+
+
+def _prepare(folder, config, checkpoint, changed): # checkpoint None: a new run
     "Remove what a killed run left half done, and write the config of a new one"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in _checkpoint_folders(folder):
-        if not _is_whole(path): shutil.rmtree(path)      # the trainer would count it among its save_total_limit
-    _forget_after(folder / "metrics.jsonl", _step_of(checkpoint) if checkpoint else -1)
-    if not checkpoint: _write_config(folder / "config.yaml", config)
+    set_aside(folder, checkpoint)
+    step = step_of(checkpoint) if checkpoint else -1
+    _forget_after(folder / "metrics.jsonl", step)
+    if checkpoint is None: _write_config(folder, config)
+    elif changed:
+        _write_config(folder, read_run_config(folder) | {name: new for name, (_, new) in changed.items()})
+        row = json.dumps({"step": step, "date": time.strftime("%Y-%m-%d"), **changed})
+        with (folder / HISTORY).open("a", encoding="utf-8") as file: file.write(row + "\n")
 
 
-def _write_config(path, config):
+def _as_written(config):
+    "A config as config.yaml holds it; -1 steps, which is how Transformers says that epochs decide, are left out"
     import yaml
     asked = {name: value for name, value in config.items() if name not in DERIVED}
-    path.write_text(yaml.safe_dump(asked, allow_unicode=True, sort_keys=True), encoding="utf-8")
+    if asked.get("max_steps") == -1: asked["max_steps"] = None
+    return yaml.safe_load(yaml.safe_dump(asked))
+
+
+def _write_config(folder, config):
+    import yaml
+    write_text(folder / "config.yaml", yaml.safe_dump(config, allow_unicode=True, sort_keys=True))
+
+
+def _changes(folder, config, fixed):
+    "What differs from the run that was begun, name -> (was, is); ValueError for what may not"
+    recorded = read_run_config(folder)
+    found = {name: (recorded[name], value) for name, value in config.items()
+             if name in recorded and recorded[name] != value and name not in ("output_dir", "resume")}
+    for name, (was, now) in found.items():
+        if name in MAY_CHANGE and name not in fixed: continue
+        raise ValueError(f"{name}={now} is not what the run in {folder} was begun with, {name}={was}; "
+                         "leave it out to resume, or begin another run in another --output_dir")
+    return found
 
 
 def _forget_after(path, step):
@@ -189,8 +218,9 @@ def read_metrics(path):
     "Rows of a `metrics.jsonl`; a line that was not written to its end is ignored"
     rows = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try: rows.append(json.loads(line))
-        except json.JSONDecodeError: continue
+        try: row = json.loads(line)
+        except (ValueError, RecursionError): continue
+        if isinstance(row, dict): rows.append(row)
     return rows
 
 

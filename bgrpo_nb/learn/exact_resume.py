@@ -32,7 +32,6 @@ Earlier checkpoints stay as they are, and the training ends with one message."""
 __all__ = ['EpochSampler', 'ResumableGRPOTrainer']
 
 # %% ../../nbs/08a_exact_resume.ipynb #a66a4726
-import shutil
 import warnings
 from pathlib import Path
 from typing import Callable
@@ -40,12 +39,11 @@ from typing import Callable
 # %% ../../nbs/08a_exact_resume.ipynb #d53ca02a
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 # %% ../../nbs/08a_exact_resume.ipynb #4fc296da
-from ..base.run_folder import checkpoints
+from ..base.checkpoints import seal, whole_or_nothing
 from .finite import FiniteTrainer
 
 # %% ../../nbs/08a_exact_resume.ipynb #8bf4dd79
@@ -108,7 +106,8 @@ def _save_rng_state(self: ResumableGRPOTrainer, output_dir):
                    logged=self._globalstep_last_logged)
     torch.save(pending, self._pending(output_dir))
     self._save_reference(output_dir)
-    self.accelerator.wait_for_everyone()        # then the main process writes trainer_state.json
+    self.accelerator.wait_for_everyone()
+    if self.args.should_save: seal(output_dir)  # then the main process writes trainer_state.json
 
 @patch
 def _load_rng_state(self: ResumableGRPOTrainer, checkpoint):
@@ -151,11 +150,6 @@ def _load_reference(self: ResumableGRPOTrainer, checkpoint):
 @patch
 def _save_checkpoint(self: ResumableGRPOTrainer, model, trial):
     "TRL's; whole or not at all"
-    try: super(ResumableGRPOTrainer, self)._save_checkpoint(model, trial)
-    except (OSError, RuntimeError, SafetensorError) as e:
-        folder, step = Path(self._get_output_dir(trial=trial)), self.state.global_step
-        if self.args.should_save: shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
-        last = (checkpoints(folder) or ["none"])[-1]
-        reason = str(e).splitlines()[0]
-        raise OSError(f"the checkpoint at step {step} cannot be written ({reason}); the last whole one is {last}. "
-                      "Free some space and continue with --resume") from e
+    folder = self._get_output_dir(trial=trial)
+    with whole_or_nothing(folder, self.state.global_step, self.args.should_save):
+        super(ResumableGRPOTrainer, self)._save_checkpoint(model, trial)

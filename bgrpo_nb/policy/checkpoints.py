@@ -52,6 +52,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/02b_checkpoints.ipynb #3ffcd598
+from ..base.files import first_line, replacing, write_errors, write_text
 from .model import load_model, load_tokenizer, new_model, save_model, vocabularies
 
 # %% ../../nbs/02b_checkpoints.ipynb #ab540a73
@@ -170,7 +171,7 @@ def convert_checkpoint(source,      # the authors' .pt or .safetensors file, or 
                        ) -> Path:   # the destination
     "The authors' checkpoint -> Hugging Face folder, or back; exact in both directions"
     source, destination = Path(source), Path(destination)
-    if source.exists(): _check_apart(source, destination)
+    _refuse_own_place(source, destination)
     if source.is_dir(): return _export_checkpoint(source, destination)
     if not source.is_file(): raise FileNotFoundError(f"there is no checkpoint at {source}")
     state = _read_state(source)
@@ -185,13 +186,12 @@ def convert_checkpoint(source,      # the authors' .pt or .safetensors file, or 
         raise ValueError(f"{source} does not fit its configuration: {str(e).splitlines()[0]}") from e
     return save_model(model, load_tokenizer(vocabulary), destination)
 
-def _check_apart(source: Path, destination: Path):
-    "ValueError if the result would replace a part of its source"
-    written = destination if source.is_dir() else destination / "model.safetensors"
-    parts = source.iterdir() if source.is_dir() else [source]
-    if written.exists() and any(part.samefile(written) for part in parts):
-        raise ValueError(f"{written} is a part of the source, and the result would replace it; choose another "
-                         "destination")
+def _refuse_own_place(source: Path, destination: Path):
+    "A destination beside or below the source would replace files of it"
+    if source.resolve() in (destination.resolve(), destination.resolve().parent) \
+            or source.resolve().parent == destination.resolve():
+        raise ValueError(f"{destination} is in the folder of its source {source}, files of which would be replaced; "
+                         "name another destination")
 
 def _export_checkpoint(source: Path, destination: Path) -> Path:
     "A GPT-2 folder -> the authors' file, with its configuration beside it"
@@ -202,15 +202,16 @@ def _export_checkpoint(source: Path, destination: Path) -> Path:
     if c.model_type != "gpt2":
         raise ValueError(f"the authors' format has learned positions; "
                          f"{source} is a {c.model_type} model and cannot be written in it")
-    destination.parent.mkdir(parents=True, exist_ok=True)
     _save(_from_gpt2(model.state_dict(), c.n_layer), destination)
     settings = dict(model_name=destination.name, block_size=c.n_positions, n_layer=c.n_layer, n_head=c.n_head,
                     n_embd=c.n_embd)
-    destination.with_name("model_configuration.json").write_text(json.dumps(settings, indent=1))
+    write_text(destination.with_name("model_configuration.json"), json.dumps(settings, indent=1))
     return destination
 
 def _save(state: dict, path: Path):
-    "Write a .pt or .safetensors file"
-    if path.suffix == ".pt": return torch.save(state, path)
+    "Write a .pt or .safetensors file, whole or not at all"
     from safetensors.torch import save_file
-    save_file(state, path)
+    try:
+        with replacing(path) as part: torch.save(state, part) if path.suffix == ".pt" else save_file(state, part)
+    except write_errors() as e:
+        raise OSError(f"{path} cannot be written ({first_line(e)}); free some space and convert again") from e

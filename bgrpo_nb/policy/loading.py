@@ -71,6 +71,7 @@ from transformers.utils import logging
 # %% ../../nbs/02c_loading.ipynb #dea225ad
 from ..base.assets import ASSETS
 from ..base.extras import need
+from ..base.files import filling
 
 # %% ../../nbs/02c_loading.ipynb #cac5dd1b
 @contextmanager
@@ -336,15 +337,14 @@ def save_model(model,
                folder, # made if it does not exist
                dtype: torch.dtype | None = None, # of the saved weights; torch.bfloat16 halves the file
                ) -> Path: # the folder
-    "Save weights, configuration and tokenizer in Hugging Face format"
+    "Save weights, configuration and tokenizer in Hugging Face format, all of them or nothing"
     _check_base(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = model.generation_config.use_cache = True  # trainers turn it off
     if dtype is not None:
         copy = type(model)(model.config).to(dtype)
         copy.load_state_dict(model.state_dict())
         model = copy
-    with quietly(): model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    with filling(folder) as part, quietly():
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    return Path(folder)

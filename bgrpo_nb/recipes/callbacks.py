@@ -2,7 +2,6 @@
 
 These are callbacks of Transformers' `Trainer`. Both recipes use them; they depend on neither problems nor rewards."""
 import json
-import signal
 import sys
 import time
 import warnings
@@ -14,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bgrpo_nb.base.plotting import can_draw
 from bgrpo_nb.base.run_folder import read_metrics
+from bgrpo_nb.base.signals import handled
 
 
 class RunLog(TrainerCallback):
@@ -65,26 +65,22 @@ def _in_notebook(): return "IPython" in sys.modules and hasattr(sys.modules["IPy
 
 
 class StopCleanly(TrainerCallback):
-    """After Ctrl-C or SIGTERM, at any process, all processes finish the step, save a checkpoint and end.
+    """After Ctrl-C, SIGTERM or SIGHUP, at any process, all processes finish the step, save a checkpoint and end.
 
     Use it as `with StopCleanly() as stop:`. `stop.everywhere` says afterwards whether the run was stopped. A second
-    Ctrl-C ends the process at once."""
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
+    signal ends the process at once."""
     def __init__(self):
         self.asked = False         # this process got a signal
         self.everywhere = False    # some process did, and all know it
-        self.before = {}           # the handlers that were there
+        self.listening = handled(self._ask)
 
     def __enter__(self):
-        try: self.before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
-        except ValueError: self.before = {}  # not the main thread: signals stay as they are
+        self.listening.__enter__()
         return self
 
-    def __exit__(self, *error):
-        for s, handler in self.before.items(): signal.signal(s, handler)
+    def __exit__(self, *error): self.listening.__exit__(*error)
 
-    def _ask(self, number, frame):
+    def _ask(self, number):
         if self.asked: raise KeyboardInterrupt
         self.asked = True
 

@@ -25,6 +25,7 @@ import torch
 
 # %% ../../nbs/13a_demo.ipynb #540dcf63
 from ..algebra.problems import generate_problems
+from ..base.ownership import claim_folder, contents
 from ..policy.model import load_model, load_tokenizer
 from .train import TrainConfig, train_bgrpo
 from ..solve.beam_filter import filter_by_beams
@@ -46,14 +47,14 @@ def demo_table(pairs: dict[str, tuple[Report, Report]]) -> str: # title -> (repo
 # %% ../../nbs/13a_demo.ipynb #9552b49f
 SETTINGS = dict(num_generations=16, prompts_per_step=48, learning_rate=5e-5, warmup_steps=8)
 
-def run_demo(folder: Path,       # the run folder; an earlier run in it is replaced
+def run_demo(folder: Path,       # the run folder; an earlier demo in it is replaced
              steps: int = 24,    # optimizer steps
              pool: int = 1200,   # new problems that the beam filter chooses from
              held_out: int = 150, # problems of each degree to measure on
              seed: int = 0,      # of the problems and the training
              ) -> bool:          # whether Ctrl-C stopped it
     "Filter, train, measure before and after; prints as it proceeds"
-    _make_way(folder)
+    _make_way(Path(folder))
     torch.set_num_threads(1) # a second thread gains little for so small a policy
     model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
     first = 10_000 + seed    # the policy was trained on seeds 0 and 1
@@ -86,9 +87,12 @@ def _config(folder, steps, seed, problems) -> TrainConfig:
                        use_cpu=True, report_to="none", **settings)
 
 # %% ../../nbs/13a_demo.ipynb #16497dcc
+_WRITTEN = {"README.md", "changes.jsonl", "config.yaml", "metrics.jsonl", "plots", "policy", "reports", "result.json"}
+
 def _make_way(folder: Path):
-    "Remove an earlier run; ValueError where the folder holds something else"
-    if not folder.is_dir() or not any(folder.iterdir()): return
-    if not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"{folder} holds something else than a run; choose another --output_dir")
-    shutil.rmtree(folder)
+    "Claim the folder and remove an earlier demo; FileExistsError where it holds something else"
+    claim_folder(folder, "demo")
+    names = contents(folder)
+    others = [name for name in names if name not in _WRITTEN and not name.startswith(("checkpoint-", "damaged-"))]
+    if others: raise FileExistsError(f"{folder} holds {others[0]} besides a demo; choose another --output_dir")
+    for name in names: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()

@@ -35,6 +35,11 @@ from the start, and the time.
 GRPO is the same run with `rollout="sample"`. Samples have no order, so the beam rank of each is 0, and the reward
 by rank is the simple reward.
 
+## To continue
+
+With `resume=True`, at the terminal `--resume`, a run continues from its newest whole checkpoint. It is the run
+that was begun: its `config.yaml` says how, and a setting that differs is refused by name.
+
 ## What is refused
 
 A setting that cannot work ends the run before anything is computed. So does a folder that holds another run, a
@@ -56,7 +61,7 @@ folder (`wandb sync` sends it later), and not at all with `--report_to none`."""
 __all__ = ['KINDS', 'VALIDATED', 'TrainConfig', 'choose_problems', 'train_bgrpo']
 
 # %% ../../nbs/09a_train.ipynb #a8e7e643
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
@@ -72,12 +77,12 @@ from bgrpo_nb.algebra.problems import (
     read_problems, split)
 from ..base.files import write_json
 from ..base.run_folder import best_of, check_space, describe_lines, open_run, provenance, read_metrics
-from ..base.settings import setting
+from ..base.settings import check_ranges, setting
 from ..learn.config import BGRPOConfig
 from ..learn.trainer import BGRPOTrainer, load_policy
 from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, show_progress
-from .wandb_logging import WandbPanels, start_wandb, stop_wandb
+from .wandb_logging import WandbPanels, at_wandb, guard_wandb
 from ..search.generation import sample
 from ..solve.beam_filter import answer_tokens, in_batches
 from ..solve.decomposition_reward import decomposition_reward
@@ -96,17 +101,18 @@ class TrainConfig(BGRPOConfig):
     problems: str | None = setting(None, "file of problems to train on; left out: generated")
     kind: str = setting("univariate", "kind of the generated problems: univariate, multivariate or on_singlets")
     degrees: str = setting("3_2", "degrees of the generated problems, outer_inner, with commas between")
-    variables: int = setting(3, "variables of a multivariate outer polynomial")
-    coefficient_bound: int = setting(20, "coefficients of the generated problems are in [-bound, bound]")
-    num_problems: int = setting(2000, "how many problems are generated")
-    hard_fraction: float = setting(1.0, "share of `problems` among those to train on; the rest are regular ones")
+    variables: int = setting(3, "variables of a multivariate outer polynomial", low=1, high=9)
+    coefficient_bound: int = setting(20, "coefficients of the generated problems are in [-bound, bound]", low=1)
+    num_problems: int = setting(2000, "how many problems are generated", low=1)
+    hard_fraction: float = setting(
+        1.0, "share of `problems` among those to train on; the rest are regular ones", high=1)
     regular_problems: str | None = setting(None, "file of the regular problems to mix in; left out: generated")
     eval_problems: str | None = setting(None, "file of held-out problems; left out: a part of the training problems")
     held_out: int | None = setting(None, "problems kept back for validation; left out: a tenth, at most 200")
     eval_limit: int | None = setting(None, "only the first of eval_problems")
-    num_beams: int = setting(10, "beam width of the validation and of the beam rank score")
-    wide_beams: int = setting(25, "the second, wider search of the validation")
-    num_samples: int = setting(10, "samples per problem, for pass@k")
+    num_beams: int = setting(10, "beam width of the validation and of the beam rank score", low=1, high=10_000)
+    wide_beams: int = setting(25, "the second, wider search of the validation", low=1, high=10_000)
+    num_samples: int = setting(10, "samples per problem, for pass@k", low=1, high=10_000)
     sample_temperature: float = setting(0.7, "temperature of those samples")
     domain: str = setting("QQ", "coefficients of the outer polynomial: QQ, or ZZ for the authors' rule")
     allow_trivial: bool = setting(False, "linear parts count, the authors' rule; a policy learns to write them")
@@ -122,7 +128,7 @@ class TrainConfig(BGRPOConfig):
     metric_for_best_model: str | None = setting(
         "beam_rank_score", "the checkpoint that is best by this metric is kept besides the last one; "
                            "with load_best_model_at_end it becomes the policy")
-    report_to: str = setting(
+    report_to: list[str] | str = setting(
         "wandb", "where metrics go besides the run folder: wandb (offline if nobody is logged in) or none")
 
     def __post_init__(self):
@@ -131,6 +137,7 @@ class TrainConfig(BGRPOConfig):
 
 def _refuse(c: TrainConfig):
     "ValueError for a setting that cannot work"
+    check_ranges(c)
     best = (c.metric_for_best_model or METRICS[0]).removeprefix("eval_")
     if c.domain not in ("QQ", "ZZ"): raise ValueError(f"domain {c.domain!r} is not known; use QQ or ZZ")
     if c.kind not in KINDS: raise ValueError(f"kind {c.kind!r} is not known; use one of {', '.join(KINDS)}")
@@ -242,14 +249,15 @@ def train_bgrpo(config: TrainConfig,
     if config.max_completion_length is None: config.max_completion_length = answer_tokens(train + held_out)
     _check_lengths(tokenizer, model, train + held_out, config)
     main = config.process_index == 0
-    with config.main_process_first(local=False):
-        checkpoint = open_run(config.output_dir, config.to_dict(), config.resume, main)
-    if checkpoint: config.eval_on_start = False
-    if not held_out: config.eval_strategy, config.eval_on_start, config.metric_for_best_model = "no", False, None
-    with _at_wandb(config, main) as summary:
+    with ExitStack() as opened:
+        with config.main_process_first(local=False):
+            checkpoint = opened.enter_context(open_run(config.output_dir, config.to_dict(), config.resume, main))
+        if checkpoint: config.eval_on_start = False
+        if not held_out: config.eval_strategy, config.eval_on_start, config.metric_for_best_model = "no", False, None
+        summary = opened.enter_context(at_wandb(config, main))
         result = _train(config, train, held_out, tokenizer, model, checkpoint, data)
         summary |= result["best"]
-    return result
+        return result
 
 # %% ../../nbs/09a_train.ipynb #f5f91581
 def _train(config, train, held_out, tokenizer, model, checkpoint, data) -> dict: # as of `train_bgrpo`
@@ -287,27 +295,21 @@ def _check_lengths(tokenizer, model, problems, config):
                          f"max_completion_length={config.max_completion_length} it needs {need} positions; "
                          f"the model has {room}. Leave out such problems, or choose another model")
 
-@contextmanager
-def _at_wandb(config, main: bool): # gives a dict for the best values: metric -> what `best_of` says
-    "W&B's run around a training, if the config asks for it"
-    summary, failed = {}, True
-    asked = main and "wandb" in config.report_to
-    try:
-        if asked: start_wandb(config.output_dir)
-        yield summary
-        failed = False
-    finally:
-        if asked: stop_wandb(summary, failed)
-
 # %% ../../nbs/09a_train.ipynb #b52a63fb
+class _Trainer(BGRPOTrainer):
+    def create_model_card(self, *args, **kwargs):
+        "TRL's README.md of the run, which never replaces another one"
+        readme = Path(self.args.output_dir) / "README.md"
+        somebodys = readme.exists() and "generated_from_trainer" not in readme.read_text(errors="replace")
+        if not somebodys: super().create_model_card(*args, **kwargs)
+
 def _make_trainer(config, model, tokenizer, train, validator, callbacks) -> BGRPOTrainer:
     "The trainer on polynomials, with all that it reports to"
     reward = decomposition_reward(tokenizer, config.reward, config.domain, config.allow_trivial)
     prompts = Dataset.from_dict({"prompt": [p.prompt for p in train]})
-    trainer = BGRPOTrainer(model, reward, config, prompts, processing_class=tokenizer, evaluator=validator,
-                           callbacks=callbacks)
-    if "wandb" in config.report_to:
-        trainer.add_callback(WandbPanels(config.output_dir, lambda: _completions_of(trainer)))
+    trainer = _Trainer(model, reward, config, prompts, processing_class=tokenizer, evaluator=validator,
+                       callbacks=callbacks)
+    guard_wandb(trainer, WandbPanels(config.output_dir, lambda: _completions_of(trainer)))
     show_progress(trainer, "valid", "reward", "eval_beam_rank_score")
     return trainer
 

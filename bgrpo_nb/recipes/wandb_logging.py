@@ -1,21 +1,53 @@
 """A run at Weights & Biases (W&B): started, continued after a resume, given panels, and ended.
 
-Configuration and metrics go through Transformers' own callback; this module adds the rest. wandb is imported only when
-a run logs there. The environment variables `WANDB_MODE`, `WANDB_PROJECT` and `WANDB_RUN_ID` have priority over what
-is chosen here."""
+Configuration and metrics go through Transformers' own callback; this module adds the rest. Whatever goes wrong with W&B
+is a warning, and the training continues without it. wandb is imported only when a run logs there. The environment
+variables `WANDB_MODE`, `WANDB_PROJECT` and `WANDB_RUN_ID` have priority over what is chosen here."""
 import os
 import sys
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerCallback
+from transformers.integrations import WandbCallback
+
+from bgrpo_nb.base.files import first_line
+from bgrpo_nb.base.network import report_nothing, wandb_mode
+
+SECONDS_TO_START, SECONDS_TO_END = 30, 60    # without an answer of the server
+
+
+@contextmanager
+def at_wandb(config, main=True): # gives a dict for the best values: metric -> what `best_of` says
+    "W&B's run around a training, if the config asks for it and W&B can be had"
+    summary, failed = {}, True
+    asked = "wandb" in config.report_to
+    if asked and main and _attempt(start_wandb, config.output_dir) is None: config.report_to.remove("wandb")
+    try:
+        yield summary
+        failed = False
+    except KeyboardInterrupt:
+        asked = False    # asked twice to stop: nothing is waited for
+        raise
+    finally:
+        if asked: _attempt(stop_wandb, summary, failed)
+
+
+def _attempt(call, *arguments):
+    "What a call to W&B gives; None and a warning where it fails"
+    try: return call(*arguments)
+    except Exception as e:
+        warnings.warn(f"W&B cannot be used ({first_line(e)}); the training continues without it")
+        return None
 
 
 def start_wandb(folder=None): # the run's folder
     "W&B's run object: online if the user is logged in, else offline in the run's folder; a resumed run is continued"
+    report_nothing()
     import wandb
     if wandb.run is not None: return wandb.run
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    mode = wandb_mode()
     id_file = Path(folder) / "wandb_run.txt" if folder else None
     run_id = os.environ.get("WANDB_RUN_ID")
     if not run_id and id_file and id_file.exists(): run_id = id_file.read_text().strip()
@@ -31,9 +63,10 @@ def start_wandb(folder=None): # the run's folder
 def _init(mode, folder, run_id): # mode: online, offline or disabled
     import wandb
     online = mode == "online"
+    settings = wandb.Settings(silent=not online, init_timeout=SECONDS_TO_START, finish_timeout=SECONDS_TO_END)
     return wandb.init(project=os.environ.get("WANDB_PROJECT", "bgrpo"), dir=folder, mode=mode, id=run_id,
                       name=Path(folder).name if folder else None, resume="allow" if online else None,
-                      settings=wandb.Settings(silent=not online))
+                      settings=settings)
 
 
 def agent_flags(argv): # flags as given at the terminal
@@ -45,6 +78,34 @@ def agent_flags(argv): # flags as given at the terminal
     run = start_wandb()
     chosen = [f"--{name}={value}" for name, value in run.config.items()]
     return [f"--output_dir=runs/sweeps/{sweep}/trials/{run.id}", *argv, *chosen]
+
+
+class Guarded(TrainerCallback):
+    "Other callbacks; the first error of one is a warning, and after it none of them is called again"
+    def __init__(self, *callbacks): self.callbacks = callbacks
+
+    def hear(self, event, *args, **kwargs):
+        "Pass an event on"
+        try:
+            for callback in self.callbacks: getattr(callback, event)(*args, **kwargs)
+        except Exception as e:
+            self.callbacks = ()
+            warnings.warn(f"W&B failed ({first_line(e)}); the training continues without it")
+
+
+def _passed_on(event):
+    def answer(self, *args, **kwargs): self.hear(event, *args, **kwargs)
+    return answer
+
+
+for _event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
+    setattr(Guarded, _event, _passed_on(_event))
+
+
+def guard_wandb(trainer, *panels):
+    "Where a trainer logs to W&B: add these callbacks, and let no error of W&B reach the training"
+    stock = trainer.pop_callback(WandbCallback)
+    if stock is not None: trainer.add_callback(Guarded(stock, *panels))
 
 
 class WandbPanels(TrainerCallback):

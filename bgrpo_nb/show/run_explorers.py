@@ -47,8 +47,9 @@ import ipywidgets as widgets
 from fastcore.basics import patch
 
 # %% ../../nbs/12a_run_explorers.ipynb #a3335224
+from ..base.ownership import claim_folder
 from ..base.plotting import use_style
-from ..base.run_folder import checkpoints, read_metrics
+from ..base.run_folder import RUNS, checkpoints, is_run, read_metrics
 from .explorer import Explorer, Panel, as_html, error_line, in_view, text_box
 
 # %% ../../nbs/12a_run_explorers.ipynb #1bbd533c
@@ -127,7 +128,7 @@ def start_training(folder, flags: str | Sequence[str] = "", # of `bgrpo train`, 
     words = shlex.split(flags) if isinstance(flags, str) else list(flags)
     folder = Path(folder)
     if folder == Path(): raise ValueError("the run has no folder; name one, for instance runs/mine")
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(folder, *RUNS, was_ours=is_run)
     stopped = bool(checkpoints(folder)) and not (folder / "result.json").exists()
     asked = any(word.startswith("--resume") for word in words)
     resume = ["--resume"] if stopped and not asked else []

@@ -77,7 +77,7 @@ class StoredPass:
         lines = complete.split(b"\n")
         records = [record for record in map(_parse, lines) if record is not None]
         if records and records[0] == self.identity:
-            self.found = {record.pop("problem"): record for record in records[1:]}
+            self.found = {record.pop("problem"): record for record in records[1:] if "problem" in record}
             self.file.truncate(sum(len(line) + 1 for line in lines))
         else:
             self.file.truncate(0)
@@ -90,5 +90,7 @@ class StoredPass:
 
 
 def _parse(line):
-    try: return json.loads(line)
-    except ValueError: return None
+    "A line's record; None for what is none"
+    try: record = json.loads(line)
+    except (ValueError, RecursionError): return None
+    return record if isinstance(record, dict) else None

@@ -61,6 +61,7 @@ import torch
 # %% ../../nbs/07a_test_sets.ipynb #d7a00006
 from .. import __version__
 from ..algebra.problems import read_problems
+from ..base.ownership import claim_folder
 from ..base.run_folder import provenance
 from ..policy.model import load_model, load_tokenizer
 from .beam_filter import in_batches
@@ -230,6 +231,7 @@ def evaluate_files(models: Sequence[str],   # bundled policies' names or folders
     policies = {name: (load_model(path, device="cpu"), load_tokenizer(path))
                 for name, path in short_names(models).items()}
     _require_vocabulary(policies, files)
+    claim_folder(out, "evaluation", flag="--out", was_ours=_is_evaluation)
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
     results = Results({}, provenance(settings.get("seed", 0)))
     number, pairs = count(1), len(policies) * len(files)
@@ -248,6 +250,10 @@ def evaluate_files(models: Sequence[str],   # bundled policies' names or folders
     for (name, file), report in results.reports.items(): report.to_json(out / "reports" / name / f"{file}.json")
     save(results.summary(), out)
     return results
+
+def _is_evaluation(folder) -> bool: # of an earlier version, which wrote no mark
+    names = {path.name for path in Path(folder).iterdir()}
+    return "store" in names and names <= {"store", "plots", "reports", "results.json", "results.csv", "results.md"}
 
 def _require_answers(files):
     for path, found in files.values():

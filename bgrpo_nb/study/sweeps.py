@@ -55,8 +55,10 @@ from typing import NamedTuple
 
 # %% ../../nbs/10_sweeps.ipynb #ef6de731
 import optuna
-import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+# %% ../../nbs/10_sweeps.ipynb #10yaml01
+from ..base.strict_yaml import is_number, parse_yaml
 
 # %% ../../nbs/10_sweeps.ipynb #e47c1398
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -64,26 +66,6 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 # %% ../../nbs/10_sweeps.ipynb #bf149f9c
 class SweepError(ValueError):
     "The sweep cannot run as asked; the message is one line and says how to correct it"
-
-def _not_a_number(resolvers): # the pairs (tag, pattern) of one first character, without YAML 1.1's numbers
-    return [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
-
-class _Loader(yaml.SafeLoader):
-    "1e-5 is a number, 3_2 is text, a name is used once"
-    yaml_implicit_resolvers = {first: _not_a_number(found)
-                               for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise SweepError(f"`{name}` is given twice and the last would win silently; keep one")
-        return super().construct_mapping(node, deep)
-
-_INT = r"[-+]?(0|[1-9][0-9]*)"
-_FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"{_INT}$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"{_FLOAT}$"), list("-+.0123456789"))
 
 # %% ../../nbs/10_sweeps.ipynb #f643ebe4
 TAKES = { # distribution -> the keys that it needs
@@ -137,9 +119,9 @@ def _plain(name, value, notes): # text that spells a number becomes that number
     "One value of a flag"
     if isinstance(value, (list, dict)):
         raise SweepError(f"parameter {name}: {value} cannot become a flag; give words, numbers, true, false or null")
-    if isinstance(value, str) and re.fullmatch(f"{_INT}|{_FLOAT}", value):
+    if isinstance(value, str) and is_number(value):
         notes.append(f"{name}: the text '{value}' is read as a number")
-        return yaml.load(value, _Loader)
+        return parse_yaml(value)
     return value
 
 def _choices(values, name, notes, wrong): # a categorical distribution, or the one value
@@ -232,8 +214,8 @@ def _sweep_of(content, stem, seeds, run_cap, name) -> Sweep:
     return sweep
 
 def _read_yaml(path) -> dict:
-    try: content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as e: raise SweepError(f"this is no YAML ({' '.join(str(e).split())})") from None
+    try: content = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise SweepError(str(e)) from None
     if not isinstance(content, dict):
         raise SweepError("a sweep file holds lines `name: value`, `parameters:` among them")
     for key in content:

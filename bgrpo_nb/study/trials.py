@@ -61,6 +61,7 @@ from optuna.trial import TrialState
 
 # %% ../../nbs/10a_trials.ipynb #615e76cd
 from ..base.files import JsonlTail, last_lines, write_json
+from ..base.ownership import claim_folder
 from ..base.processes import end_marked, follow, is_alive, myself
 from .sweeps import TRAIN, Sweep, SweepError, hyperband, plan, words
 
@@ -277,7 +278,7 @@ _STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed
 def _prepare(trial, sweep, folder) -> tuple[Path, dict]: # the trial's folder and the program's flags
     a = trial.user_attrs
     where = (Path(folder) / a["folder"]).resolve()
-    where.mkdir(parents=True, exist_ok=True)
+    claim_folder(where, "run")
     account = dict(planned=a["planned"], attempt=a["attempt"], parameters=trial.params, seed=a["seed"],
                    fixed=sweep.fixed, metric=sweep.metric, goal=sweep.goal)
     write_json(where / "config.json", account)

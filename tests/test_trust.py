@@ -1,0 +1,533 @@
+"""Nothing of the user's is overwritten, a resumed run is the one that was begun, damaged checkpoints are noticed, settings
+are read as they were meant, signals and W&B end nothing that they should not."""
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bgrpo_nb.algebra.problems import generate_problems, read_problems, write_problems
+from bgrpo_nb.base import checkpoints as ck
+from bgrpo_nb.base.files import filling, replacing, write_text
+from bgrpo_nb.base.ownership import MARK, check_new_file, check_owner, claim_folder, locked
+from bgrpo_nb.base.run_folder import HISTORY, open_run, read_run_config
+from bgrpo_nb.base.settings import read_value, settings_of
+from bgrpo_nb.base.signals import handled
+from bgrpo_nb.base.strict_yaml import parse_yaml
+from bgrpo_nb.cli import main
+from bgrpo_nb.learn.config import BGRPOConfig
+from bgrpo_nb.recipes.flags import Fault, read_config
+from bgrpo_nb.recipes.sft import SupervisedConfig, train_policy
+from bgrpo_nb.recipes.train import TrainConfig
+from bgrpo_nb.recipes.wandb_logging import Guarded, at_wandb
+from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
+
+BGRPO = str(Path(sys.executable).with_name("bgrpo"))
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+PLAIN = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_model(new_model("tiny", **SMALL), load_tokenizer("single"), tmp_path_factory.mktemp("policy"))
+
+
+def snapshot(folder):
+    "Every file below a folder and its bytes"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def said(capsys, *words):
+    "Status and standard error of a command, in this process"
+    status = main([str(w) for w in words])
+    return status, capsys.readouterr().err.strip()
+
+
+# 2. Nothing of the user's is overwritten
+
+FOREIGN = ("config.yaml", "metrics.jsonl", "README.md", "results.json", "report.html", "sweep.yaml",
+           "checkpoint-3/model.safetensors", "plots/history.png", "thesis.txt")
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    folder = tmp_path / "mine"
+    for name in FOREIGN: write_text(folder / name, f"mine: {name}")
+    return folder
+
+
+@pytest.mark.parametrize("command", [
+    "train --model {policy} --problems {p} --output_dir {mine} --prompts_per_step 2 --use_cpu true",
+    "train --model {policy} --problems {p} --output_dir {mine} --prompts_per_step 2 --use_cpu true --resume",
+    "sft --output_dir {mine} --max_steps 1 --per_device_train_batch_size 2 --held_out 2 --use_cpu true",
+    "demo --output_dir {mine} --steps 1", "evaluate --model {policy} --problems {p} --out {mine}",
+    "analyze {run} --out {mine} --metric reward", "sweep {sweep} --output_dir {mine} --engine optuna",
+    "convert {pt} {mine}"], ids=lambda c: " ".join(c.split()[:1] + [w for w in c.split() if w == "--resume"]))
+def test_a_foreign_folder_is_refused_and_stays_byte_by_byte(command, foreign, policy, tmp_path, capsys):
+    write_problems(tmp_path / "p.txt", generate_problems(12, 2, 2, seed=3))
+    for seed in (0, 1):    # two finished runs, for analyze
+        run = tmp_path / f"runs/{seed}"
+        write_text(run / "config.yaml", f"seed: {seed}\nrollout: beam\noutput_dir: x\n")
+        write_text(run / "metrics.jsonl", '{"step": 1, "reward": 0.5}\n')
+        write_text(run / "result.json", '{"step": 1}')
+    write_text(tmp_path / "s.yaml", "method: grid\nmetric: {name: reward, goal: maximize}\nparameters: {seed: {values: [0, 1]}}\n")
+    state = {name: torch.zeros(1) for name in ("pos_emb", "ln_f.weight", "head.weight", "tok_emb.weight")}
+    torch.save(state, tmp_path / "x.pt")
+    before = snapshot(foreign)
+    words = command.format(policy=policy, mine=foreign, p=tmp_path / "p.txt", run=tmp_path / "runs", sweep=tmp_path / "s.yaml", pt=tmp_path / "x.pt")
+    status, err = said(capsys, *words.split())
+    assert status == 2 and len(err.splitlines()) == 1, err
+    assert "README.md" in err and "choose another" in err and str(foreign) in err
+    assert snapshot(foreign) == before
+
+
+def test_a_claimed_folder_is_ours_for_one_purpose(tmp_path):
+    claim_folder(tmp_path / "a", "run")
+    (tmp_path / "a/notes.txt").write_text("later")
+    claim_folder(tmp_path / "a", "run")
+    with pytest.raises(FileExistsError, match="run, here evaluation"): claim_folder(tmp_path / "a", "evaluation")
+    (tmp_path / "a" / MARK).write_text("")      # the disk was full when it was marked
+    check_owner(tmp_path / "a", "run")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="is a file"): claim_folder(tmp_path / "file", "run")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="choose another"): claim_folder(tmp_path / "loop", "run")
+
+
+def test_a_run_of_an_earlier_version_is_known_by_its_content(tmp_path, policy):
+    config = TrainConfig(output_dir=str(tmp_path / "old"), model=str(policy), use_cpu=True).to_dict()
+    (tmp_path / "old").mkdir()
+    write_text(tmp_path / "old/config.yaml", yaml.safe_dump(config))
+    write_text(tmp_path / "old/metrics.jsonl", "")
+    checkpoint_at(tmp_path / "old", 2, sealed=False)
+    with open_run(tmp_path / "old", config, resume=True) as checkpoint: assert checkpoint.name == "checkpoint-2"
+    assert (tmp_path / "old" / MARK).exists()
+
+
+def test_two_trainings_never_share_a_folder(tmp_path):
+    with open_run(tmp_path / "run", {}):
+        with pytest.raises(BlockingIOError, match="another process"):
+            with open_run(tmp_path / "run", {}): pass
+        code = f"from bgrpo_nb.base.run_folder import open_run\nwith open_run({str(tmp_path / 'run')!r}, {{}}): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another process is at work" in done.stderr
+    with open_run(tmp_path / "run", {}): pass
+
+
+def test_a_file_is_replaced_only_where_that_was_asked_for(tmp_path, capsys):
+    path = tmp_path / "p.txt"
+    path.write_text("mine")
+    status, err = said(capsys, "generate", path, "--n", 3)
+    assert status == 2 and "--overwrite" in err and path.read_text() == "mine"
+    assert said(capsys, "generate", path, "--n", 3, "--overwrite")[0] == 0 and len(read_problems(path)) == 3
+    link = tmp_path / "link.txt"
+    link.symlink_to(path)
+    assert said(capsys, "generate", link, "--n", 5)[0] == 2
+    assert said(capsys, "generate", link, "--n", 5, "--overwrite")[0] == 0
+    assert link.is_symlink() and len(read_problems(path)) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.txt", "p.txt"]
+
+
+def test_devices_and_pipes_are_written_to(tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    check_new_file(pipe)
+    write_text(pipe, "through")
+    reader.join(10)
+    assert got == ["through"] and pipe.is_fifo()
+    before = os.stat("/dev/null")
+    check_new_file("/dev/null")
+    write_text("/dev/null", "gone")
+    assert os.stat("/dev/null") == before
+    with open(tmp_path / "out.txt", "w") as out:
+        code = "from bgrpo_nb.base.files import write_text; write_text('/dev/stdout', 'a'); print('b')"
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+    assert "b" in (tmp_path / "out.txt").read_text()     # the shell's file was not replaced
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
+    path = write_text(tmp_path / "a.txt", "old")
+    path.chmod(0o600)
+    with pytest.raises(KeyboardInterrupt), replacing(path) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert snapshot(tmp_path) == {"a.txt": b"old"}
+    write_text(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o600
+    write_text(tmp_path / "policy/notes.txt", "mine")
+    with pytest.raises(OSError, match="free some space"), filling(tmp_path / "policy") as part:
+        (part / "model.safetensors").write_text("half")
+        raise RuntimeError("unexpected pos 64 vs 0")
+    with filling(tmp_path / "policy") as part: (part / "config.json").write_text("{}")
+    assert set(snapshot(tmp_path)) == {"a.txt", "policy/notes.txt", "policy/config.json"}
+
+
+def test_convert_never_destroys_its_source(tmp_path, capsys):
+    model = new_model("tiny", position="learned", **SMALL)
+    source = save_model(model, load_tokenizer("single"), tmp_path / "F")
+    before = snapshot(source)
+    for destination in (source / "model.safetensors", source / "other.pt"):
+        status, err = said(capsys, "convert", source, destination, "--overwrite")
+        assert status == 2 and "name another destination" in err and snapshot(source) == before
+    assert said(capsys, "convert", source, tmp_path / "back/x.pt")[0] == 0
+    status, err = said(capsys, "convert", source, tmp_path / "back/x.pt")
+    assert status == 2 and "--overwrite" in err
+    status, err = said(capsys, "convert", tmp_path / "back/x.pt", tmp_path / "back")
+    assert status == 2 and "choose another" in err
+
+
+# 3. --resume means the run that was begun
+
+SFT = dict(max_steps=6, per_device_train_batch_size=2, per_device_eval_batch_size=4, held_out=4, save_steps=2, eval_steps=4,
+           logging_steps=1, warmup_steps=0, use_cpu=True, disable_tqdm=True, save_total_limit=None)
+
+
+@pytest.fixture(scope="module")
+def begun(policy, tmp_path_factory):
+    "A supervised run of six steps with checkpoints at 2, 4 and 6, as if it had been killed before its end"
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    train_policy(SupervisedConfig(output_dir=str(folder), model=str(policy), **SFT))
+    (folder / "result.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def run(begun, tmp_path):
+    import shutil
+    return Path(shutil.copytree(begun, tmp_path / "run"))
+
+
+def test_resume_without_flags_is_the_run_that_was_begun(run, policy):
+    config = read_config(SupervisedConfig, ["--output_dir", str(run), "--resume"], "bgrpo sft")
+    assert (config.model, config.max_steps, config.held_out, config.resume) == (str(policy), 6, 4, True)
+    with open_run(run, config.to_dict(), resume=True) as checkpoint: assert checkpoint.name == "checkpoint-6"
+    assert not (run / HISTORY).exists()
+
+
+@pytest.mark.parametrize("flag", ["learning_rate=0.5", "seed=7", "degrees=3_2", "max_steps=8", "problems=other.txt", "canonical=false"])
+def test_another_setting_is_refused_by_name(run, flag, capsys):
+    before = snapshot(run)
+    status, err = said(capsys, "sft", "--output_dir", run, "--resume", f"--{flag}")
+    assert status == 2 and err.startswith(f"bgrpo: {flag.split('=')[0]}=") and "begun with" in err, err
+    assert snapshot(run) == before
+
+
+def test_what_may_change_is_recorded(run):
+    config = read_config(SupervisedConfig, ["--output_dir", str(run), "--resume", "--save_steps", "3"], "bgrpo sft")
+    with open_run(run, config.to_dict(), resume=True): pass
+    assert read_run_config(run)["save_steps"] == 3
+    row, = map(json.loads, (run / HISTORY).read_text().splitlines())
+    assert (row["step"], row["save_steps"]) == (6, [2, 3])
+
+
+def test_max_steps_of_a_training_may_change(tmp_path, policy):
+    config = TrainConfig(output_dir=str(tmp_path / "run"), model=str(policy), max_steps=4, use_cpu=True)
+    with open_run(tmp_path / "run", config.to_dict()): pass
+    checkpoint_at(tmp_path / "run", 4)
+    longer = read_config(TrainConfig, ["--output_dir", str(tmp_path / "run"), "--resume", "--max_steps", "9"], "bgrpo train")
+    with open_run(tmp_path / "run", longer.to_dict(), resume=True): pass
+    assert read_run_config(tmp_path / "run")["max_steps"] == 9
+    epochs = TrainConfig(output_dir=str(tmp_path / "e"), model=str(policy), num_train_epochs=2, use_cpu=True)
+    with open_run(tmp_path / "e", epochs.to_dict()): pass
+    again = read_config(TrainConfig, ["--output_dir", str(tmp_path / "e"), "--resume"], "bgrpo train")
+    assert again.to_dict() | {"resume": False} == epochs.to_dict()
+
+
+# 5. Checkpoints
+
+def checkpoint_at(folder, step, sealed=True):
+    "Files with the names and formats of a checkpoint"
+    from safetensors.torch import save_file
+    where = Path(folder) / f"checkpoint-{step}"
+    where.mkdir(parents=True)
+    save_file({"w": torch.ones(50)}, where / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "pending_0_of_1.pt"): torch.save({"x": torch.ones(9)}, where / name)
+    (where / "config.json").write_text("{}")
+    if sealed: ck.seal(where)
+    (where / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return where
+
+
+PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def damage(path, how):
+    if how == "missing": path.unlink()
+    elif how == "empty": path.write_bytes(b"")
+    elif how == "truncated": path.write_bytes(path.read_bytes()[:-20])
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "changed"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_part_leads_to_the_checkpoint_before(run, part, how):
+    if (part, how) == ("trainer_state.json", "changed"): pytest.skip("it has no hash: it is written after the seal")
+    damage(run / "checkpoint-6" / part, how)
+    config = read_config(SupervisedConfig, ["--output_dir", str(run), "--resume"], "bgrpo sft")
+    with pytest.warns(UserWarning, match="checkpoint-6 is ignored.*continues from checkpoint-4"):
+        with open_run(run, config.to_dict(), resume=True) as checkpoint: assert checkpoint.name == "checkpoint-4"
+    assert [p.name for p in ck.checkpoint_folders(run)] == ["checkpoint-2", "checkpoint-4"]
+    assert (run / "damaged-6").exists() == ((run / "damaged-6/trainer_state.json").exists())
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated"])
+@pytest.mark.parametrize("part", PARTS)
+def test_without_a_seal_what_can_be_found_out_is(tmp_path, part, how):
+    checkpoint_at(tmp_path, 2, sealed=False)
+    damage(checkpoint_at(tmp_path, 4, sealed=False) / part, how)
+    with pytest.warns(UserWarning, match="checkpoint-4 is ignored"): assert ck.newest_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_all_damaged_is_one_message_that_names_each(tmp_path):
+    (checkpoint_at(tmp_path, 2) / "optimizer.pt").unlink()
+    (checkpoint_at(tmp_path, 4) / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="checkpoint-4: model.safetensors is missing; checkpoint-2: optimizer.pt is missing"):
+        ck.newest_checkpoint(tmp_path)
+
+
+def test_a_resumed_run_with_a_damaged_checkpoint_ends_like_the_whole_one(run, begun):
+    "Six steps in one go, and steps 5 and 6 again from the checkpoint at 4"
+    damage(run / "checkpoint-6/optimizer.pt", "truncated")
+    with pytest.warns(UserWarning, match="optimizer.pt has"):
+        train_policy(read_config(SupervisedConfig, ["--output_dir", str(run), "--resume"], "bgrpo sft"))
+    assert (run / "policy/model.safetensors").read_bytes() == (begun / "policy/model.safetensors").read_bytes()
+    assert ck.why_not_resume(run / "checkpoint-6") is None
+
+
+# 8. Settings
+
+def known(name, cls=TrainConfig): return settings_of(cls)[name]
+
+
+@pytest.mark.parametrize("name,given", [(n, g) for n, values in {
+    "max_steps": [0, -1, 1.5, True, [3], {"a": 1}, "many", "3_2", ".inf", "nan", ""], "learning_rate": ["nan", "inf", float("nan"), float("inf"), -1e-5, [1e-5], "", False],
+    "num_generations": [1, 100_000, "1e5"], "num_beams": [0, 100_000], "held_out": [-1, "0.5"], "seed": [-1, 2**32, "3_2", 1e300], "canonical_": [],
+    "use_cpu": ["maybe", 2, [True]], "hard_fraction": [1.5, -0.1], "degrees": [["3_2"], True], "model": [None], "adam_beta1": [1.5], "save_steps": [-1],
+}.items() for g in values])
+def test_a_value_that_cannot_be_meant_is_refused(name, given):
+    with pytest.raises(ValueError, match=f"^{name}"): read_value(known(name), given)
+
+
+@pytest.mark.parametrize("name,given,meant", [
+    ("max_steps", "12", 12), ("max_steps", None, None), ("learning_rate", "1e-4", 1e-4), ("learning_rate", 1, 1.0), ("bf16", "false", False), ("use_cpu", "True", True),
+    ("degrees", "3_2", "3_2"), ("report_to", "none", ["none"]), ("report_to", [], []), ("save_steps", 0.5, 0.5), ("save_total_limit", None, None)])
+def test_a_value_is_read_as_it_was_meant(name, given, meant):
+    found = read_value(known(name), given)
+    assert found == meant and type(found) is type(meant)
+
+
+@pytest.mark.parametrize("text,says", [
+    ("max_steps: 3\nmax_steps: 4", "twice"), ("max_steps: " + "[" * 3000, "nested too deeply"), ("[1, 2]", "name: value"), ("1: 2", "no name"), ("max_stepz: 3", "did you mean max_steps"),
+    ("max_steps: 0", "whole number of 1 or more"), ("max_steps: -1", "1 or more"), ("learning_rate: .nan", "number of 0 or more"), ("num_generations: 100000", "from 2 to 10000"),
+    ("seed: 3_2", "whole number"), ("beam_width: 4\nnum_generations: 5", "keep one"), ("use_beam: 3", "true or false"), ("max_steps: {a: 1}", "cannot be read"),
+    ("a: !!python/object/apply:os.system ['touch hacked']", "no YAML"), ("learning_rate:", ""), ("model:", "is empty")])
+def test_a_file_of_settings_is_read_strictly(text, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(text)
+    if text == "learning_rate:":
+        says = "is empty"
+    with pytest.raises(Fault, match=says): read_config(TrainConfig, ["--config", "c.yaml"], "bgrpo train")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_degrees_in_a_file_are_degrees(tmp_path):
+    (tmp_path / "c.yaml").write_text("degrees: 3_2\n")
+    assert read_config(TrainConfig, ["--config", str(tmp_path / "c.yaml"), "--use_cpu"], "bgrpo train").degrees == "3_2"
+    assert read_config(SupervisedConfig, ["--config", str(tmp_path / "c.yaml"), "--use_cpu"], "bgrpo sft").degrees == ["3_2"]
+
+
+@pytest.mark.parametrize("settings", [dict(max_steps=0), dict(max_steps=-1), dict(learning_rate=float("nan")), dict(num_beams=100_000), dict(held_out=-3), dict(seed=-1)])
+def test_the_same_ranges_hold_for_configs_made_in_python(settings):
+    name, = settings
+    with pytest.raises(ValueError, match=f"{name}=.*out of range"): TrainConfig(use_cpu=True, **settings)
+
+
+def test_every_own_number_has_a_range():
+    for cls in (TrainConfig, SupervisedConfig, BGRPOConfig):
+        for name in cls.__annotations__: assert not known(name, cls).range or known(name, cls).low is not None, name
+
+
+def test_sweeps_and_trainings_read_yaml_alike():
+    assert parse_yaml("a: 3_2\nb: 1e-5\nc: 007\nd: '5'") == {"a": "3_2", "b": 1e-5, "c": "007", "d": "5"}
+
+
+# 6. Signals
+
+def test_signals_reach_the_handler_and_ignored_ones_stay_ignored():
+    heard, before = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handled(heard.append):
+            for number in (signal.SIGTERM, signal.SIGHUP): os.kill(os.getpid(), number)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert heard == [signal.SIGTERM]
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with handled(heard.append): os.kill(os.getpid(), signal.SIGHUP)
+        assert heard == [signal.SIGTERM, signal.SIGHUP]
+    finally: signal.signal(signal.SIGHUP, before)
+
+
+def test_a_command_that_a_signal_stops_says_so(monkeypatch, capsys):
+    import bgrpo_nb.cli as cli
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        def wait(argv, number=number):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        monkeypatch.setitem(cli.COMMANDS, "generate", (wait, ""))
+        status, err = said(capsys, "generate")
+        assert (status, err) == (128 + number, "bgrpo: stopped")
+
+
+def test_evaluate_says_how_to_continue(monkeypatch, tmp_path, capsys):
+    from bgrpo_nb.solve import test_sets
+    write_problems(tmp_path / "p.txt", generate_problems(4, 2, 2, seed=3))
+    def wait(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    monkeypatch.setattr(test_sets, "evaluate_files", wait)
+    status, err = said(capsys, "evaluate", "--problems", tmp_path / "p.txt", "--out", tmp_path / "e")
+    assert status == 143 and "the same command continues" in err
+
+
+def test_a_closed_terminal_stops_a_training_which_saves(tmp_path, policy):
+    "The terminal is a pseudo-terminal; closing it sends SIGHUP, and printing to it then fails"
+    write_problems(tmp_path / "p.txt", generate_problems(60, 2, 2, seed=50))
+    flags = SFT | dict(max_steps=20000, save_steps=100000, eval_steps=100000, model=policy, problems="p.txt", output_dir="run", disable_tqdm="false")
+    words = [BGRPO, "sft", *(f"--{k}={v}" for k, v in flags.items() if v is not None)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execvpe(words[0], words, PLAIN)
+    metrics, end = tmp_path / "run/metrics.jsonl", time.time() + 120
+    while time.time() < end and not (metrics.exists() and metrics.read_text().count("\n") > 3): time.sleep(0.05)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert len(ck.checkpoints(tmp_path / "run")) == 1
+
+
+# 7. W&B
+
+def test_an_error_of_wandb_is_a_warning():
+    class Broken:
+        calls = 0
+        def on_log(self, *args, **kwargs):
+            Broken.calls += 1
+            raise OSError("no space left")
+    guarded = Guarded(Broken())
+    with pytest.warns(UserWarning, match="no space left.*continues without it"): guarded.on_log()
+    guarded.on_log()
+    assert Broken.calls == 1
+
+
+@pytest.mark.parametrize("error", [OSError("read-only"), RuntimeError("the service ended"), ValueError("x")])
+def test_a_training_whose_wandb_cannot_start_goes_without(error, monkeypatch):
+    import types
+    from bgrpo_nb.recipes import wandb_logging
+    def broken(folder): raise error
+    monkeypatch.setattr(wandb_logging, "start_wandb", broken)
+    config = types.SimpleNamespace(report_to=["wandb"], output_dir="x")
+    with pytest.warns(UserWarning, match="cannot be used"):
+        with at_wandb(config) as summary: summary["done"] = True
+    assert config.report_to == []
+
+
+GUARD = """
+import socket, sys
+def refuse(*a, **k):
+    print("NETWORK", a, file=sys.stderr, flush=True)
+    raise OSError("no network in this test")
+socket.getaddrinfo = refuse
+_connect = socket.socket.connect
+def connect(self, address):
+    if self.family != socket.AF_UNIX and not str(address[0]).startswith("127."): refuse(address)
+    return _connect(self, address)
+socket.socket.connect = connect
+from bgrpo_nb.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("report", ["none", "wandb"])
+def test_nobody_logged_in_no_network(report, policy, tmp_path):
+    "The whole command, where looking up a name would be seen"
+    write_problems(tmp_path / "p.txt", generate_problems(12, 2, 2, seed=50))
+    flags = dict(model=policy, problems="p.txt", output_dir="run", prompts_per_step=2, num_generations=3, max_steps=1, held_out=0, max_completion_length=4, use_cpu="true", report_to=report)
+    home = {k: v for k, v in PLAIN.items() if not k.startswith("HF_")} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", GUARD, "train", *(f"--{k}={v}" for k, v in flags.items())], cwd=tmp_path, env=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "NETWORK" not in done.stderr, [line for line in done.stderr.splitlines() if "NETWORK" in line]
+
+
+# 10. One line, never a traceback
+
+def test_what_nobody_foresaw_is_one_line_and_a_file(monkeypatch, capsys):
+    import bgrpo_nb.cli as cli
+    def broken(argv): raise ZeroDivisionError("a bug\nof two lines")
+    monkeypatch.setitem(cli.COMMANDS, "generate", (broken, ""))
+    status, err = said(capsys, "generate")
+    assert status == 1 and len(err.splitlines()) == 1 and "ZeroDivisionError" in err
+    kept = Path(err.split()[-1])
+    assert "in broken" in kept.read_text()
+    kept.unlink()
+
+
+def test_a_closed_pipe_and_an_ascii_terminal(tmp_path):
+    done = subprocess.run(f"{BGRPO} train --help | head -1", shell=True, capture_output=True, text=True, env=PLAIN)
+    assert done.stdout.startswith("usage") and not done.stderr
+    done = subprocess.run([BGRPO, "--help"], capture_output=True, text=True, env=PLAIN | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert done.returncode == 0 and not done.stderr
+    code = "from bgrpo_nb.cli import main, COMMANDS\nCOMMANDS['demo'] = (lambda argv: print('3∘2'), '')\nmain(['demo'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=PLAIN | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "3\\u22182" in done.stdout
+
+
+@pytest.mark.parametrize("line,says", [
+    ("demo --output_dir file.txt", "is a file"), ("convert x.pt out --n_head 0", "from 1"), ("convert x.pt out --n_head -2", "from 1"), ("demo --steps 0", "from 1"),
+    ("generate o.txt --n 1_0", "whole number"), ("evaluate --problems p.txt --num_beams 100000", "from 1 to 10000"), ("plot deep", "was not written by"), ("generate loop", "loop")])
+def test_one_line(line, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").write_text("x")
+    Path("loop").symlink_to("loop")
+    write_text("deep/results.json", "[" * 100_000)
+    status, err = said(capsys, *line.split())
+    assert status == 2 and len(err.splitlines()) == 1 and says in err, err
+
+
+def test_kept_lines_that_hold_no_record_are_left_out(tmp_path):
+    from bgrpo_nb.solve.result_store import ResultStore
+    store = ResultStore(tmp_path, model="m")
+    with store.open("beams", width=2) as results: results.add({0: {"a": 1}, 1: {"a": 2}})
+    file, = tmp_path.glob("*.jsonl")
+    file.write_text(file.read_text() + "[1, 2]\n" + "[" * 50_000 + "\n" + '{"a": 3}\n')
+    with store.open("beams", width=2) as results: assert results.found == {0: {"a": 1}, 1: {"a": 2}}
+
+
+def test_locks_and_warnings_leave_no_trace(tmp_path):
+    claim_folder(tmp_path / "a", "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with locked(tmp_path / "a"): pass
+
+
+def test_a_readme_of_somebodys_stays(tmp_path, policy):
+    "TRL writes a README.md into the run's folder with every checkpoint"
+    from bgrpo_nb.recipes.train import train_bgrpo
+    claim_folder(tmp_path / "run", "run")
+    (tmp_path / "run/README.md").write_text("my notes")
+    flags = dict(num_problems=12, prompts_per_step=2, num_generations=3, max_steps=1, held_out=0, max_completion_length=4, use_cpu=True, report_to="none", disable_tqdm=True)
+    train_bgrpo(TrainConfig(output_dir=str(tmp_path / "run"), model=str(policy), **flags))
+    assert (tmp_path / "run/README.md").read_text() == "my notes" and (tmp_path / "run/policy/config.json").exists()
