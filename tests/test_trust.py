@@ -163,6 +163,10 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
         part.write_text("half")
         raise KeyboardInterrupt
     assert snapshot(tmp_path) == {"a.txt": b"old"}
+    with pytest.raises(OSError, match="a.txt cannot be written .No space left"), replacing(path) as part:
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert snapshot(tmp_path) == {"a.txt": b"old"}
     write_text(path, "new")
     assert path.stat().st_mode & 0o777 == 0o600
     write_text(tmp_path / "policy/notes.txt", "mine")
@@ -389,6 +393,13 @@ def test_a_command_that_a_signal_stops_says_so(monkeypatch, capsys):
         monkeypatch.setitem(cli.COMMANDS, "generate", (wait, ""))
         status, err = said(capsys, "generate")
         assert (status, err) == (128 + number, "bgrpo: stopped")
+
+
+def test_stopping_twice_says_so(monkeypatch, capsys):
+    import bgrpo_nb.cli as cli
+    def interrupted(argv): raise KeyboardInterrupt
+    monkeypatch.setitem(cli.COMMANDS, "generate", (interrupted, ""))
+    assert said(capsys, "generate") == (130, "bgrpo: stopped")
 
 
 def test_evaluate_says_how_to_continue(monkeypatch, tmp_path, capsys):

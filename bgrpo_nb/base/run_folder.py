@@ -110,7 +110,7 @@ def open_run(folder, config, resume=False, main=True, fixed=()):
     with locked(folder):
         try: _prepare(folder, config, checkpoint, changed)
         except OSError as e:
-            message = f"the run folder {folder} cannot be written ({e.strerror}); choose another --output_dir"
+            message = f"the run folder {folder} cannot be written ({e.strerror or e}); choose another --output_dir"
             raise OSError(message) from None
         yield checkpoint
 
