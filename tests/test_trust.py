@@ -248,6 +248,19 @@ def test_max_steps_of_a_training_may_change(tmp_path, policy):
     assert again.to_dict() | {"resume": False} == epochs.to_dict()
 
 
+def test_batches_keep_their_size_on_another_number_of_processes(tmp_path, monkeypatch):
+    config = dict(per_device_train_batch_size=12, output_dir=str(tmp_path / "run"))
+    with open_run(tmp_path / "run", config): pass
+    checkpoint_at(tmp_path / "run", 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="give --per_device_train_batch_size 6"):
+        with open_run(tmp_path / "run", config, resume=True): pass
+    with open_run(tmp_path / "run", config | dict(per_device_train_batch_size=6), resume=True): pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="per_device_train_batch_size=24"):
+        with open_run(tmp_path / "run", config | dict(per_device_train_batch_size=24), resume=True): pass
+
+
 # 5. Checkpoints
 
 def checkpoint_at(folder, step, sealed=True):
