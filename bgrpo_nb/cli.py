@@ -503,9 +503,9 @@ def main(argv: list[str] | None = None) -> int: # exit status, see the table abo
     except BrokenPipeError: # of `bgrpo ... | head -1`
         sys.stdout = sys.stderr = open(os.devnull, "w")
         return 141
-    except KeyboardInterrupt as e: return _say(f"bgrpo: {e or 'stopped'}", getattr(e, "status", 130))
+    except KeyboardInterrupt as e: return _say(f"bgrpo: {str(e) or 'stopped'}", getattr(e, "status", 130))
     except Fault as e: return _say(f"bgrpo {e}", 2)
-    except (ValueError, OSError) as e: return _say(f"bgrpo: {e or type(e).__name__}", 2)
+    except (ValueError, OSError) as e: return _say(f"bgrpo: {str(e) or type(e).__name__}", 2)
     except Exception as e: return _say(_unforeseen(e), 1)
 
 def _run(argv) -> int:

@@ -163,6 +163,10 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
         part.write_text("half")
         raise KeyboardInterrupt
     assert snapshot(tmp_path) == {"a.txt": b"old"}
+    with pytest.raises(OSError, match="a.txt cannot be written .No space left"), replacing(path) as part:
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert snapshot(tmp_path) == {"a.txt": b"old"}
     write_text(path, "new")
     assert path.stat().st_mode & 0o777 == 0o600
     write_text(tmp_path / "policy/notes.txt", "mine")
@@ -242,6 +246,19 @@ def test_max_steps_of_a_training_may_change(tmp_path, policy):
     with open_run(tmp_path / "e", epochs.to_dict()): pass
     again = read_config(TrainConfig, ["--output_dir", str(tmp_path / "e"), "--resume"], "bgrpo train")
     assert again.to_dict() | {"resume": False} == epochs.to_dict()
+
+
+def test_batches_keep_their_size_on_another_number_of_processes(tmp_path, monkeypatch):
+    config = dict(per_device_train_batch_size=12, output_dir=str(tmp_path / "run"))
+    with open_run(tmp_path / "run", config): pass
+    checkpoint_at(tmp_path / "run", 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="give --per_device_train_batch_size 6"):
+        with open_run(tmp_path / "run", config, resume=True): pass
+    with open_run(tmp_path / "run", config | dict(per_device_train_batch_size=6), resume=True): pass
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="per_device_train_batch_size=24"):
+        with open_run(tmp_path / "run", config | dict(per_device_train_batch_size=24), resume=True): pass
 
 
 # 5. Checkpoints
@@ -389,6 +406,13 @@ def test_a_command_that_a_signal_stops_says_so(monkeypatch, capsys):
         monkeypatch.setitem(cli.COMMANDS, "generate", (wait, ""))
         status, err = said(capsys, "generate")
         assert (status, err) == (128 + number, "bgrpo: stopped")
+
+
+def test_stopping_twice_says_so(monkeypatch, capsys):
+    import bgrpo_nb.cli as cli
+    def interrupted(argv): raise KeyboardInterrupt
+    monkeypatch.setitem(cli.COMMANDS, "generate", (interrupted, ""))
+    assert said(capsys, "generate") == (130, "bgrpo: stopped")
 
 
 def test_evaluate_says_how_to_continue(monkeypatch, tmp_path, capsys):

@@ -102,6 +102,11 @@ def _missing_parts(checkpoint):
         if not any(name.startswith(starts) for name in names): yield f"it has no {part}"
 
 
+def processes_of(checkpoint):
+    "How many processes wrote a checkpoint: each leaves its random numbers"
+    return len(list(checkpoint.glob("rng_state*.pth"))) or 1
+
+
 # Which one a run resumes from
 
 def is_whole(checkpoint):

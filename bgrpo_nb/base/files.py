@@ -39,12 +39,15 @@ def replacing(path):
         yield Path(path)
         return
     target = _target(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(target)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield part
         if target.exists(): shutil.copymode(target, part)
         os.replace(part, target)
+    except OSError as e:
+        if e.errno is None: raise    # it says already what is wrong
+        raise OSError(f"{path} cannot be written ({e.strerror}); free some space, or choose another place") from e
     finally:
         part.unlink(missing_ok=True)
 

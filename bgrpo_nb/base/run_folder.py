@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bgrpo_nb.base.checkpoints import checkpoints, newest_checkpoint, set_aside, step_of
+from bgrpo_nb.base.checkpoints import checkpoints, newest_checkpoint, processes_of, set_aside, step_of
 from bgrpo_nb.base.files import write_text
 from bgrpo_nb.base.ownership import check_owner, claim_folder, locked
 from bgrpo_nb.base.strict_yaml import read_yaml
@@ -103,6 +103,7 @@ def open_run(folder, config, resume=False, main=True, fixed=()):
                               "add --resume to continue it, or choose another --output_dir")
     checkpoint = newest_checkpoint(folder) if resume else None
     changed = _changes(folder, config, fixed) if resume else {}
+    if resume: _check_batch(read_run_config(folder), config, processes_of(checkpoint))
     if not main:
         yield checkpoint
         return
@@ -110,7 +111,7 @@ def open_run(folder, config, resume=False, main=True, fixed=()):
     with locked(folder):
         try: _prepare(folder, config, checkpoint, changed)
         except OSError as e:
-            message = f"the run folder {folder} cannot be written ({e.strerror}); choose another --output_dir"
+            message = f"the run folder {folder} cannot be written ({e.strerror or e}); choose another --output_dir"
             raise OSError(message) from None
         yield checkpoint
 
@@ -166,6 +167,17 @@ def _changes(folder, config, fixed):
         raise ValueError(f"{name}={now} is not what the run in {folder} was begun with, {name}={was}; "
                          "leave it out to resume, or begin another run in another --output_dir")
     return found
+
+
+def _check_batch(recorded, config, processes):
+    "ValueError if another number of processes, or of rows on each, would make batches of another size"
+    name, now = "per_device_train_batch_size", int(os.environ.get("WORLD_SIZE", 1))
+    if not recorded.get(name) or not config.get(name): return
+    rows = recorded[name] * processes
+    if config[name] * now == rows: return
+    way = f"give --{name} {rows // now}" if rows % now == 0 else f"resume with {processes}"
+    raise ValueError(f"{name}={config[name]} on {now} processes makes other batches than the run's, which had "
+                     f"{recorded[name]} on {processes}; {way}")
 
 
 def _forget_after(path, step):
