@@ -16,6 +16,8 @@ d = {
   'bgrpo_nb.algebra.notation': {
    'bgrpo_nb.algebra.notation.Verdict._repr_html_':
     ('notation.html#verdict._repr_html_', 'bgrpo_nb/algebra/notation.py'),
+   'bgrpo_nb.algebra.notation._check_size':
+    ('notation.html#_check_size', 'bgrpo_nb/algebra/notation.py'),
    'bgrpo_nb.algebra.notation._expanded':
     ('notation.html#_expanded', 'bgrpo_nb/algebra/notation.py'),
    'bgrpo_nb.algebra.notation._integer':
@@ -30,6 +32,8 @@ d = {
     ('notation.html#_variable_in_html', 'bgrpo_nb/algebra/notation.py'),
    'bgrpo_nb.algebra.notation._words':
     ('notation.html#_words', 'bgrpo_nb/algebra/notation.py'),
+   'bgrpo_nb.algebra.notation._words_of':
+    ('notation.html#_words_of', 'bgrpo_nb/algebra/notation.py'),
    'bgrpo_nb.algebra.notation.from_sympy':
     ('notation.html#from_sympy', 'bgrpo_nb/algebra/notation.py'),
    'bgrpo_nb.algebra.notation.from_text':
@@ -1910,6 +1914,8 @@ d = {
     ('sweeps.html#_default_metric', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._divides':
     ('sweeps.html#_divides', 'bgrpo_nb/study/sweeps.py'),
+   'bgrpo_nb.study.sweeps._grid_size':
+    ('sweeps.html#_grid_size', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._is_count':
     ('sweeps.html#_is_count', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps._is_number':
@@ -1942,6 +1948,8 @@ d = {
     ('sweeps.html#draw', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps.hyperband':
     ('sweeps.html#hyperband', 'bgrpo_nb/study/sweeps.py'),
+   'bgrpo_nb.study.sweeps.number_of_values':
+    ('sweeps.html#number_of_values', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps.plan':
     ('sweeps.html#plan', 'bgrpo_nb/study/sweeps.py'),
    'bgrpo_nb.study.sweeps.read_parameter':

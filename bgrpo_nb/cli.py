@@ -457,9 +457,12 @@ def demo(argv):
     p.add_argument("--pool", type=count(), default=1200, help="new problems that the beam filter chooses from")
     p.add_argument("--held_out", type=count(), default=150, help="problems of each degree to measure on")
     p.add_argument("--seed", type=count(0, 2**31), default=0, help="of the problems and the training")
+    p.add_argument("--quick", action="store_true", help="a tenth of everything: does it run here?")
     a = p.parse_args(argv)
     from bgrpo_nb.recipes.demo import run_demo
-    stopped = run_demo(Path(a.output_dir), a.steps, a.pool, a.held_out, a.seed)
+    sizes = [a.steps, a.pool, a.held_out]
+    if a.quick: sizes = [-(-n // 10) for n in sizes]
+    stopped = run_demo(Path(a.output_dir), *sizes, a.seed)
     return 130 if stopped else 0
 
 # %% ../nbs/13_cli.ipynb #eca5098c

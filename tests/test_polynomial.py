@@ -15,7 +15,7 @@ from oracles import agrees, compose, draw, value
 
 from bgrpo_nb.algebra import exact_decomposition as exact
 from bgrpo_nb.algebra.exact_decomposition import decompose_exact
-from bgrpo_nb.algebra.notation import to_sympy, verify_with_sympy
+from bgrpo_nb.algebra.notation import from_sympy, to_sympy, verify_with_sympy
 from bgrpo_nb.algebra.polynomial import (
     MAX_CHARS, MAX_DEGREE, REASONS, PrefixError, TooLargeError, canonical_inner, coefficients,
     degree, format_prefix, is_formed, parse, read_terms, same_inner, to_prefix, verify, verify_batch)
@@ -404,3 +404,26 @@ def test_a_right_answer_is_right_however_it_is_written(h, g, zero):
     except TooLargeError: return
     verdict = verify(f, text)
     assert verdict == verify(f, format_prefix(h)) and verdict.valid and agrees(f, verdict.outer, [format_prefix(h)])
+
+
+def sympy_of(text): return eval(text, dict(x=sympy.Symbol("x"), y=sympy.Symbol("y"), sympy=sympy))
+
+
+@pytest.mark.parametrize("text", ["x**10**9 + 1", "(x + 1)**2000", "((x + 1)**100)**100", "(x + y + 1)**128",
+                                  "((x + y)**40 + 1)**3", "10**400 * x", "(x + 1)**10**9 / 2"])
+def test_sympy_expands_nothing_that_is_too_large(text, monkeypatch):
+    "Refused before SymPy begins: the size is found from the expression as it stands"
+    expression = sympy_of(text)
+    monkeypatch.setattr(sympy, "Poly", lambda *a: pytest.fail("SymPy was asked to expand it"))
+    with pytest.raises(TooLargeError, match="above|more than|too long"): from_sympy(expression)
+
+
+@pytest.mark.parametrize("text", ["(x + 1)**16", "sympy.Mul(sympy.Rational(1, 2), 2*x**2 + 2*x*(x + 3), evaluate=False)",
+                                  "(x + y)**7 - (x - y)**7", "x*(x*(x*(x + 1) - 2) + 3)", "sympy.Integer(-3)"])
+def test_what_sympy_expands_is_read(text):
+    expression = sympy_of(text)
+    assert sympy.expand(to_sympy(from_sympy(expression)) - expression) == 0
+
+
+def test_a_polynomial_modulo_a_prime_is_refused():
+    with pytest.raises(PrefixError, match="modulo 5"): from_sympy(sympy.Poly("x**2 + 7", modulus=5))

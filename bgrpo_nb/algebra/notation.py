@@ -128,6 +128,22 @@ def to_sympy(text: str): # a SymPy expression, expanded
     return whole.subs(aside) if aside else whole
 
 # %% ../../nbs/00a_notation.ipynb #b05e0177
+def _words_of(e) -> str: # prefix notation; a number that is not whole becomes 1
+    "A SymPy expression, and all below it, not expanded"
+    if e.is_Symbol: return e.name
+    if e.is_number: return f"{'N' if e.is_negative else 'P'} {abs(e)}" if e.is_Integer else "P 1"
+    if e.is_Pow and e.exp.is_Integer and e.exp > 0: return f"^ {_words_of(e.base)} P {e.exp}"
+    operator = "+" if e.is_Add else "*" if e.is_Mul else None
+    if operator is None: raise PrefixError(f"{str(e)[:40]} is not a polynomial")
+    *before, last = map(_words_of, e.args)
+    return "".join(f"{operator} {words} " for words in before) + last
+
+def _check_size(expression):
+    "TooLargeError before SymPy expands what is beyond the bounds of this package"
+    try: parse(_words_of(expression))
+    except TooLargeError as e: raise TooLargeError(str(e).partition("): ")[2]) from None # of a token nobody wrote
+    except RecursionError: raise TooLargeError("the expression is nested too deeply; expand it first") from None
+
 def from_sympy(expression, # SymPy expression with integer coefficients and variables such as x, a0; or a number
                ) -> str: # prefix notation, expanded
     "Prefix notation of a SymPy expression; PrefixError where it is no polynomial with integer coefficients"
@@ -137,10 +153,13 @@ def from_sympy(expression, # SymPy expression with integer coefficients and vari
     if not is_number and not isinstance(expression, (sympy.Expr, sympy.Poly)): # sympify would run text inside of it
         raise PrefixError(f"{type(expression).__name__} is no polynomial; give a SymPy expression, a number or text")
     expression = sympy.sympify(expression, strict=True)
+    if expression.is_Poly and expression.domain.is_FiniteField:
+        raise PrefixError(f"{expression} is a polynomial modulo {expression.get_modulus()}; give one over the integers")
     symbols = {symbol.name: symbol for symbol in expression.free_symbols}
     bad = sorted(name for name in symbols if not VARIABLE.fullmatch(name))
     if bad: raise PrefixError(f"rename {bad}: a variable is a letter and digits, x or a0")
     names = find_variables(list(symbols)) or ("a",)
+    _check_size(expression.as_expr())
     try: p = sympy.Poly(expression, *(symbols.get(name, sympy.Symbol(name)) for name in names))
     except sympy.PolynomialError as e: raise PrefixError(f"{expression} is not a polynomial: {e}") from None
     if not all(c.is_Integer for c in p.coeffs()):

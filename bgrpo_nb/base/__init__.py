@@ -1,6 +1,6 @@
 """What every floor may use: files, folders, processes, signals, settings, the style of figures.
 
-- `assets`: the folder of the bundled policies, vocabularies and styles (`ASSETS`)
+- `assets`: the files that ship with the package: policies, vocabularies, styles, configs (`ASSETS`, `find_config`)
 - `files`: files that are written whole or not at all (`write_text`, `replacing`, `filling`), and files that are read
   while they grow (`JsonlTail`, `last_lines`)
 - `ownership`: which folders this package may write to (`claim_folder`, `locked`, `check_new_file`)

@@ -40,6 +40,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../../nbs/09b_flags.ipynb #09bflag04
+from ..base.assets import find_config
 from ..base.run_folder import read_run_config
 from ..base.settings import Setting, range_of, read_value, settings_of, types_of
 from ..base.strict_yaml import read_yaml
@@ -124,7 +125,7 @@ def _read_flags(known, argv, complain) -> dict: # name -> text, or a list of tex
 
 def _values_of_file(known, path) -> dict:
     "The settings of a YAML file, under today's names"
-    found = read_yaml(path)
+    found = read_yaml(find_config(path))
     if "use_beam" in found: found = _renamed(found, "use_beam", "rollout", _rollout(found["use_beam"]), path)
     for old, new in ALIASES.items():
         if old in found: found = _renamed(found, old, new, found[old], path)

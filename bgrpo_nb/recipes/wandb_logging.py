@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations import WandbCallback
 
+from bgrpo_nb.base.extras import need
 from bgrpo_nb.base.files import first_line
 from bgrpo_nb.base.network import report_nothing, wandb_mode
 
@@ -45,6 +46,7 @@ def _attempt(call, *arguments):
 def start_wandb(folder=None): # the run's folder
     "W&B's run object: online if the user is logged in, else offline in the run's folder; a resumed run is continued"
     report_nothing()
+    need("wandb", "wandb")
     import wandb
     if wandb.run is not None: return wandb.run
     mode = wandb_mode()
