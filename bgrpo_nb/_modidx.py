@@ -1778,10 +1778,16 @@ d = {
     ('run_readers.html#_load', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._load_lines':
     ('run_readers.html#_load_lines', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers._load_names':
+    ('run_readers.html#_load_names', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers._load_table':
+    ('run_readers.html#_load_table', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._metric_name':
     ('run_readers.html#_metric_name', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._open_storage':
     ('run_readers.html#_open_storage', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers._parse_dict':
+    ('run_readers.html#_parse_dict', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._parse_list':
     ('run_readers.html#_parse_list', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._parse_text':

@@ -582,3 +582,36 @@ def test_the_report_in_a_browser(written):
         papers = {scheme: look_at(browser, written[0] / "seen/report.html", scheme) for scheme in ("light", "dark")}
         browser.close()
     assert papers["light"] == "rgb(255, 255, 255)" and papers["dark"] != papers["light"]
+
+
+HOSTILE = {
+    "unhashable_name.json": b'[{"[]": 1}]',
+    "cells_that_are_no_values.json": b'[{"x": [1], "state": "finished", "seed": {}, "rollout": {"a": []}}]',
+    "deep.json": b"[" * 100_000, "deeper.json": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "rows_that_are_lists.json": b"[[1, 2], [3]]", "text.json": b'"abc"', "number.json": b'{"a": NaN}',
+    "surplus_cells.csv": b"a,b\n1\n1,2,3,4\n,,,\n", "binary.csv": b"\x00\x01\xff", "empty.csv": b"", "torn.json": b'[{"Name": "a"',
+    "config.csv": b'run,config\nx,"{[]: 1}"\n', "config_that_is_a_list.json": b'[{"name": "a", "config": [1], "summary": 5}]',
+    "code.csv": b"run,config\nx,\"__import__('os').mkdir('broken')\"\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_damaged_export_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(HOSTILE[name])
+    assert main(["analyze", name, "--out", "out"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("bgrpo: ") and "\n" not in said and "should not happen" not in said, said
+    assert not (tmp_path / "broken").exists()
+
+
+@pytest.mark.parametrize("file, content", [("config.yaml", "- 1\n- 2\n"), ("config.json", "[1]"), ("result.json", '"done"'),
+                                           ("failure.json", "[2]"), ("config.yaml", "a: [" * 5_000)])
+def test_a_damaged_run_folder_is_one_line(file, content, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "eval_beam_rank_score": 0.5}\n[1, 2]\n{torn')
+    (run / file).write_text(content)
+    assert main(["analyze", str(run), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert file in said and "\n" not in said and "should not happen" not in said, said

@@ -131,9 +131,9 @@ class Comparison(NamedTuple):
         verdict = _verdict(self.p_value, self.smallest, self.n, self.unit, needed, "difference found",
                            "difference not found")
         of_several = f"{self.comparisons} comparisons, " if self.comparisons > 1 else ""
-        return (f"{self.arm} {self.treatment} − {self.baseline}, {self.metric}: {self.mean:+.4f}, "
-                f"95 % [{self.low:+.4f}, {self.high:+.4f}], p = {self.p_value:.2g} ({of_several}smallest possible "
-                f"{self.smallest:.2g}), n = {self.n} {self.unit}: {verdict}")
+        interval = f"95 % [{self.low:+.4f}, {self.high:+.4f}]" if self.low == self.low else "no interval"
+        return (f"{self.arm} {self.treatment} − {self.baseline}, {self.metric}: {self.mean:+.4f}, {interval}, "
+                f"p = {self.p_value:.2g} ({of_several}smallest possible {self.smallest:.2g}), n = {self.n} {self.unit}: {verdict}")
 
 class JointTest(NamedTuple):
     "Whether any of several arms differs"

@@ -77,12 +77,13 @@ class Run:
     reason: str = ""            # why it is not finished
 
 # %% ../../nbs/10c_run_readers.ipynb #658e10a4
+_NOT_PYTHON = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) # of literal_eval
 _NAMED_VALUES = {"": None, "none": None, "null": None, "true": True, "false": False}
 
 def _parse_list(text: str): # list or tuple; the text where it is neither
     "A list that was written as text"
     try: return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError): return text
+    except _NOT_PYTHON: return text
 
 def _parse_text(text: str): # None, bool, int, float or text
     "A value that was written as text"
@@ -98,6 +99,7 @@ def parse_value(value): # None, bool, int, float or text
     if isinstance(value, np.generic): value = value.item()
     if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL): value = _parse_list(value)
     if isinstance(value, (list, tuple)): return ", ".join(map(str, value))
+    if isinstance(value, (dict, set)): return str(value)
     return _parse_text(value) if isinstance(value, str) else value
 
 # %% ../../nbs/10c_run_readers.ipynb #9b2e7530
@@ -150,11 +152,18 @@ def validations(rows: list[dict], own: str | None = None) -> list[dict]: # `step
 def _load(path: Path): # None where there is no file
     "What a JSON or YAML file holds"
     if not path.is_file(): return None
-    text = path.read_text(encoding="utf-8")
-    try: return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as e:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as e:
         why = " ".join(str(e).split())
         raise ValueError(f"{path} cannot be read ({why}); repair the file, or leave this run out") from None
+
+def _load_names(path: Path) -> dict: # empty where there is no file
+    "A JSON or YAML file of names and values"
+    found = _load(path) or {}
+    if isinstance(found, dict): return found
+    raise ValueError(f"{path} must hold names and values; repair the file, or leave this run out")
 
 def _load_lines(path: Path) -> list[dict]: # a line that is no JSON object is skipped
     "The rows of a JSON Lines file; none where there is no file"
@@ -183,9 +192,8 @@ def read_folder(folder,
                 ) -> Run:
     "The run in a folder"
     folder = Path(folder).resolve()
-    trial, result = _load(folder / "config.json") or {}, _load(folder / "result.json") or {}
-    config = _load(folder / "config.yaml") or {}
-    state, reason = _ending(folder, result, _load(folder / "failure.json"))
+    trial, result, config = (_load_names(folder / name) for name in ("config.json", "result.json", "config.yaml"))
+    state, reason = _ending(folder, result, _load_names(folder / "failure.json"))
     parameters = (trial.get("fixed") or {}) | trial["parameters"] if "parameters" in trial else config
     tried = trial.get("parameters", {})
     seed = _first(trial.get("seed"), tried.get("seed"), result.get("seed"), config.get("seed"))
@@ -284,11 +292,19 @@ _PAGE_COLUMNS = {"Notes", "User", "Tags", "Sweep", "End Time", "Updated", "Hostn
                 "Host", "GPU Type", "GPU Count", "ID", "reason"}  # columns of W&B's page that are no settings
 _NO_SETTINGS = _PAGE_COLUMNS.union(*_FIELD_NAMES.values())
 
+def _parse_dict(text: str):
+    "What was written as JSON, or as Python prints it"
+    try: return json.loads(text)
+    except (ValueError, RecursionError): pass
+    quoted = re.sub(r"(?<![\w'\"])(-?)(nan|inf)(?![\w'\"])", r"'\1\2'", text)
+    try: return ast.literal_eval(quoted)
+    except _NOT_PYTHON: raise ValueError(f"{text[:40]!r} cannot be read; export the runs again, as JSON") from None
+
 def _as_dict(value) -> dict:
     "A dictionary, its JSON, or Python's way to print it; W&B's wrapping {'value': …, 'desc': …} is removed"
-    if isinstance(value, str):
-        try: value = json.loads(value)
-        except ValueError: value = ast.literal_eval(re.sub(r"(?<![\w'\"])(-?)(nan|inf)(?![\w'\"])", r"'\1\2'", value))
+    if isinstance(value, str): value = _parse_dict(value)
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{str(value)[:40]!r} holds no names and values; export the runs again")
     found = {}
     for key, inner in (value or {}).items():
         wrapped = isinstance(inner, dict) and "value" in inner
@@ -317,6 +333,7 @@ def read_record(record: dict,           # one with `config` and `summary`, or a 
                 own: str | None = None, # metric whose name does not begin with eval_
                 ) -> Run:
     "One run of W&B or of an export"
+    record = {name: value for name, value in record.items() if name is not None} # a line with surplus cells
     nested = "config" in record
     config = _as_dict(record.get("config"))
     summary = _as_dict(record.get("summary", record.get("summaryMetrics")))
@@ -340,14 +357,20 @@ def read_record(record: dict,           # one with `config` and `summary`, or a 
 def read_export(path, own: str | None = None) -> list[Run]:
     "The runs in a CSV, JSON or JSON Lines file"
     path = Path(path)
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file: records = list(csv.DictReader(file))
+    if path.suffix == ".csv": records = _load_table(path)
     elif path.suffix == ".jsonl": records = _load_lines(path)
     else: records = _load(path)
     if isinstance(records, dict): records = records.get("runs", [])
     if not records or not all(isinstance(r, dict) for r in records):
         raise ValueError(f"{path} holds no run; give a CSV with a line a run, or a JSON list with an object a run")
-    return [read_record(r, own) for r in records]
+    try: return [read_record(r, own) for r in records]
+    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+
+def _load_table(path: Path) -> list[dict]:
+    "The lines of a CSV file"
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file: return list(csv.DictReader(file))
+    except (ValueError, csv.Error) as e: raise ValueError(f"{path} is no CSV ({e}); export the runs again") from None
 
 # %% ../../nbs/10c_run_readers.ipynb #03c9e3c6
 def _require_login(path: str):
@@ -396,10 +419,10 @@ def metric_of(sweep_file: dict) -> str:
 def _read_source(source, study, api, own) -> tuple[list[Run], dict | None]: # runs, the sweep's file
     "The runs of one source"
     path, text = Path(str(source)), str(source)
-    if path.is_dir(): return [read_folder(p, own) for p in run_folders(path)], _load(path / "sweep.yaml")
+    if path.is_dir(): return [read_folder(p, own) for p in run_folders(path)], _load_names(path / "sweep.yaml")
     if path.is_file() and path.suffix in (".csv", ".json", ".jsonl"): return read_export(path, own), None
     if path.is_file():
-        sweep_file = _load(path.parent / "sweep.yaml") or {}
+        sweep_file = _load_names(path.parent / "sweep.yaml")
         return read_study(path, study, own or metric_of(sweep_file)), sweep_file
     if text.startswith("wandb:") or "wandb.ai/" in text: return read_wandb(text, api, own)
     if "://" in text: return read_study(text, study, own or METRIC), None
