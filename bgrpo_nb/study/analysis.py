@@ -133,7 +133,8 @@ class Comparison(NamedTuple):
         of_several = f"{self.comparisons} comparisons, " if self.comparisons > 1 else ""
         interval = f"95 % [{self.low:+.4f}, {self.high:+.4f}]" if self.low == self.low else "no interval"
         return (f"{self.arm} {self.treatment} − {self.baseline}, {self.metric}: {self.mean:+.4f}, {interval}, "
-                f"p = {self.p_value:.2g} ({of_several}smallest possible {self.smallest:.2g}), n = {self.n} {self.unit}: {verdict}")
+                f"p = {self.p_value:.2g} ({of_several}smallest possible {self.smallest:.2g}), "
+                f"n = {self.n} {self.unit}: {verdict}")
 
 class JointTest(NamedTuple):
     "Whether any of several arms differs"
