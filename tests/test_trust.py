@@ -555,3 +555,16 @@ def test_a_readme_of_somebodys_stays(tmp_path, policy):
     flags = dict(num_problems=12, prompts_per_step=2, num_generations=3, max_steps=1, held_out=0, max_completion_length=4, use_cpu=True, report_to="none", disable_tqdm=True)
     train_bgrpo(TrainConfig(output_dir=str(tmp_path / "run"), model=str(policy), **flags))
     assert (tmp_path / "run/README.md").read_text() == "my notes" and (tmp_path / "run/policy/config.json").exists()
+
+
+def test_an_error_has_a_line_of_its_own_below_the_progress_bar(capsys):
+    from bgrpo_nb.recipes.callbacks import Progress, run_steps
+    bar = Progress(["loss"])
+    class Failing:
+        callback_handler = type("Handler", (), dict(callbacks=[bar]))
+        def train(self, resume_from_checkpoint):
+            state = type("State", (), dict(is_world_process_zero=True, max_steps=8, global_step=0))
+            bar.on_train_begin(None, state, None)
+            raise OSError("the disk is full")
+    with pytest.raises(OSError, match="full"): run_steps(Failing())
+    assert bar.bar.disable and capsys.readouterr().err.endswith("\n")

@@ -111,7 +111,10 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, **kwargs): self.close()
+
+    def close(self):
+        "End the line of the bar"
         if self.bar is not None: self.bar.close()
 
 
@@ -120,3 +123,11 @@ def show_progress(trainer, *keys):
     disable_progress_bar()  # Transformers shows one for each file that it reads or writes
     for callback in (ProgressCallback, PrinterCallback): trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm: trainer.add_callback(Progress(keys))
+
+
+def run_steps(trainer, checkpoint=None): # the folder to continue from
+    "Train; the progress bar ends before an error is shown"
+    try: trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Progress): callback.close()

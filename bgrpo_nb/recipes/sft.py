@@ -84,7 +84,7 @@ from ..learn.finite import FiniteTrainer
 from ..policy.loading import choose_attention
 from ..policy.model import (
     PRESETS, load_model, load_tokenizer, new_model, save_model, tokenize)
-from .callbacks import RunLog, StopCleanly, show_progress
+from .callbacks import RunLog, StopCleanly, run_steps, show_progress
 from .wandb_logging import at_wandb, guard_wandb
 
 # %% ../../nbs/04_sft.ipynb #c6894d9b
@@ -375,7 +375,7 @@ def _train(config, checkpoint) -> dict: # as of `train_policy`
     train, held_out = make_samples(config, tokenizer)
     stop, started = StopCleanly(), time.time()
     trainer = _make_trainer(config, model, tokenizer, train, held_out, callbacks=[RunLog(folder), stop])
-    with stop: trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stop: run_steps(trainer, checkpoint)
     step = trainer.state.global_step
     result = dict(stopped=stop.everywhere, step=step, seconds=round(time.time() - started, 1),
                   samples=step * len(train) // config.max_steps,

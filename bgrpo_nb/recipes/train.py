@@ -81,7 +81,7 @@ from ..base.settings import check_ranges, setting
 from ..learn.config import BGRPOConfig
 from ..learn.trainer import BGRPOTrainer, load_policy
 from ..policy.model import encode, save_model
-from .callbacks import PlotHistory, RunLog, StopCleanly, show_progress
+from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
 from .wandb_logging import WandbPanels, at_wandb, guard_wandb
 from ..search.generation import sample
 from ..solve.beam_filter import answer_tokens, in_batches
@@ -268,7 +268,7 @@ def _train(config, train, held_out, tokenizer, model, checkpoint, data) -> dict:
     trainer = _make_trainer(config, model, tokenizer, train, validator, [log, stop, PlotHistory(folder, plot_history)])
     check_space(config, trainer.model)
     if validator: validator.remember(trainer)
-    with stop: trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with stop: run_steps(trainer, checkpoint)
     finished = not stop.everywhere
     if finished and validator: _validate_last_step(trainer)
     if finished and main: save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder / "policy")

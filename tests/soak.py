@@ -1,0 +1,161 @@
+"""An hour of what users and machines do to a program: hostile texts, kills, full disks, foreign folders.
+
+   soak.py [--minutes 60] [--out runs/soak] [--seed 0]
+
+Each part repeats until its share of the time is over. A fault ends in the report with what repeats it, and the others
+continue. The report says how many cases were tried, what was found, and on which machine."""
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from oracles import agrees, compose, draw
+
+from bgrpo_nb.algebra.exact_decomposition import decompose_exact
+from bgrpo_nb.algebra.notation import from_text
+from bgrpo_nb.algebra.polynomial import REASONS, PrefixError, format_prefix, verify
+from bgrpo_nb.base.files import write_json
+from bgrpo_nb.base.run_folder import provenance
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+WORDS = ["+", "*", "^", "P", "N", *"0123456789", "a", "b", "a0", "b1", "&", "⁇", "□", "x", "é", "\x00", "99999999999999999999", ""]
+TRAIN = ["train", "--model", "tiny", "--kind", "univariate", "--degrees", "2_2", "--num_problems", "40", "--held_out", "4",
+         "--max_steps", "8", "--prompts_per_step", "4", "--num_generations", "4", "--save_steps", "2", "--eval_steps", "4",
+         "--num_samples", "2", "--wide_beams", "6", "--num_beams", "4", "--report_to", "none", "--max_completion_length", "24", "--disable_tqdm"]
+
+
+def bgrpo(words, cwd, limit=None): # most bytes of a file, as on a disk that is full
+    "A finished process of the command"
+    def set_limit():
+        if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return subprocess.run([sys.executable, "-m", "bgrpo_nb", *words], cwd=cwd, env=ENV, capture_output=True, text=True,
+                          preexec_fn=set_limit)
+
+
+def policy_of(folder): return (folder / "policy/model.safetensors").read_bytes()
+
+
+def snapshot(folder): return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def spaced(text): # as the oracle reads it
+    return " ".join(" ".join(word) if word.isdigit() else word for word in text.split())
+
+
+# One case of each part: a description of the fault, or None
+
+def hostile_text(rng, work):
+    "A problem and an answer, damaged in a few places; a valid verdict is checked at random points"
+    g, h = draw(rng, rng.choice([2, 3]), 9), draw(rng, rng.choice([2, 3]), 9)
+    problem = format_prefix(compose(g, h))
+    words = rng.choice([format_prefix(h), f"{format_prefix(g, 'b')} & {format_prefix(h)}"]).split(" ")
+    for _ in range(rng.choice([0, 1, 1, 2, 8])):
+        at = rng.randrange(len(words) + 1)
+        words[at:at + rng.choice([0, 1, 1, 3])] = rng.choices(WORDS, k=rng.choice([0, 1, 1, 2, 30]))
+    answer = " ".join(words)
+    case = dict(problem=problem, answer=answer)
+    try: verdict = verify(problem, answer, rng.choice(["QQ", "ZZ"]), rng.random() < 0.5)
+    except Exception as e: return case | dict(fault=f"verify raised {type(e).__name__}: {e}")
+    if verdict.reason not in REASONS or verdict.valid != (verdict.reason == "ok"): return case | dict(fault=repr(verdict))
+    if verdict:
+        inners = [spaced(part) for part in answer.strip(" ⁇□\n").partition("⁇")[0].split("&")]
+        if not agrees(problem, verdict.outer, inners[1:] or inners): return case | dict(fault=f"wrong: {verdict!r}")
+    try: from_text(answer)
+    except PrefixError: pass
+    except Exception as e: return case | dict(fault=f"from_text raised {type(e).__name__}: {e}")
+    found = decompose_exact(problem) if rng.random() < 0.1 else []
+    if not all(agrees(problem, outer, [inner]) for outer, inner in found): return case | dict(fault="decompose_exact is wrong")
+
+
+def kill(rng, work):
+    "A training, killed up to three times and resumed, ends with the same policy"
+    straight, folder = work / "straight", work / "killed"
+    if not straight.exists(): bgrpo([*TRAIN, "--output_dir", str(straight)], work)
+    shutil.rmtree(folder, ignore_errors=True)
+    moments = [round(rng.uniform(3, 14), 2) for _ in range(rng.randint(1, 3))]
+    for k, seconds in enumerate([*moments, None]):
+        more = ["--resume"] if (folder / "config.yaml").exists() else []
+        running = subprocess.Popen([sys.executable, "-m", "bgrpo_nb", *TRAIN, "--output_dir", str(folder), *more], cwd=work,
+                                   env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try: _, errors = running.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGKILL)
+            running.communicate()
+            continue
+        if running.returncode: return dict(moments=moments, fault=errors[-800:])
+        break
+    if policy_of(folder) != policy_of(straight): return dict(moments=moments, fault="another policy")
+
+
+def full_disk(rng, work):
+    "No file may grow beyond a limit: one line, nothing torn; without the limit the run continues to the same policy"
+    straight, folder = work / "straight", work / "full"
+    if not straight.exists(): bgrpo([*TRAIN, "--output_dir", str(straight)], work)
+    shutil.rmtree(folder, ignore_errors=True)
+    limit = int(10 ** rng.uniform(2, 7.3))
+    done = bgrpo([*TRAIN, "--output_dir", str(folder)], work, limit)
+    last = done.stderr.strip().splitlines()[-1:] or [""]
+    if done.returncode and not last[0].startswith("bgrpo"): return dict(limit=limit, fault=done.stderr[-800:])
+    if "should not happen" in last[0]: return dict(limit=limit, fault=last[0])
+    if done.returncode == 0: return None if policy_of(folder) == policy_of(straight) else dict(limit=limit, fault="another policy")
+    resumable = (folder / "config.yaml").exists() and (folder / "config.yaml").stat().st_size
+    if not resumable: shutil.rmtree(folder, ignore_errors=True)
+    again = bgrpo([*TRAIN, "--output_dir", str(folder), *(["--resume"] if resumable else [])], work)
+    if again.returncode: return dict(limit=limit, fault=again.stderr[-800:])
+    if policy_of(folder) != policy_of(straight): return dict(limit=limit, fault="another policy after the disk was full")
+
+
+def foreign_folder(rng, work):
+    "A folder of somebody else: refused in one line, and not a byte changes"
+    folder = work / "foreign"
+    shutil.rmtree(folder, ignore_errors=True)
+    names = ["checkpoint-3/weights.bin", "config.yaml", "metrics.jsonl", "README.md", "plots/history.png", "results.json",
+             "policy/model.safetensors", "thesis.tex", "data/x.csv", "result.json"]
+    for name in rng.sample(names, rng.randint(1, len(names))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(rng.randbytes(rng.choice([0, 3, 500])))
+    before = snapshot(folder)
+    words = rng.choice([[*TRAIN, "--output_dir"], ["demo", "--quick", "--output_dir"], ["train", "--resume", "--output_dir"],
+                        ["evaluate", "--model", "tiny", "--problems", str(work / "p.txt"), "--limit", "2", "--out"]])
+    done = bgrpo([*words, str(folder)], work)
+    what = dict(words=words, files=sorted(map(str, before)))
+    if snapshot(folder) != before: return what | dict(fault="something changed")
+    if not done.returncode or done.stderr.strip().count("\n") or "should not happen" in done.stderr:
+        return what | dict(fault=f"status {done.returncode}: {done.stderr[-400:]}")
+
+
+# All parts
+
+PARTS = {hostile_text: 0.15, kill: 0.4, full_disk: 0.3, foreign_folder: 0.15} # share of the time
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"))
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    work = a.out.resolve() / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    bgrpo(["generate", str(work / "p.txt"), "--n", "20", "--degrees", "2_2"], work)
+    report = dict(minutes=a.minutes, **provenance(a.seed), parts={})
+    for part, share in PARTS.items():
+        rng, started, cases, faults = random.Random(a.seed), time.monotonic(), 0, []
+        while time.monotonic() - started < 60 * a.minutes * share and len(faults) < 20:
+            fault = part(rng, work)
+            cases += 1
+            if fault: faults.append(fault | dict(case=cases))
+        report["parts"][part.__name__] = dict(cases=cases, seconds=round(time.monotonic() - started), faults=faults)
+        write_json(a.out / "report.json", report)
+        print(f"{part.__name__}: {cases} cases, {len(faults)} faults", flush=True)
+    shutil.rmtree(work)
+    return any(found["faults"] for found in report["parts"].values())
+
+
+if __name__ == "__main__": sys.exit(main())
