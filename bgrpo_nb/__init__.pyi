@@ -7,7 +7,8 @@ from .algebra.problems import (
     write_problems)
 from .search.generation import Beams, beam_search, greedy, sample
 from .policy.checkpoints import convert_checkpoint
-from .policy.model import PRESETS, load_model, load_tokenizer, save_model
+from .policy.loading import load_model, save_model
+from .policy.model import PRESETS, load_tokenizer
 from .learn.rewards import VerifiedReward
 from .learn.trl_batching import roll_out, trie_logps
 from .learn.config import BGRPOConfig

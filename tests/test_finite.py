@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,10 +81,10 @@ def test_weights_that_are_not_finite_are_neither_measured_nor_saved(tmp_path):
 @pytest.mark.parametrize("command,flags", [("train", dict(num_problems=30, prompts_per_step=4, num_generations=4, num_beams=4, wide_beams=4, num_samples=2, max_completion_length=8)),
                                            ("sft", dict(per_device_train_batch_size=8))])
 def test_a_command_ends_with_status_2_and_one_line(tmp_path, capsys, monkeypatch, command, flags):
-    flags |= dict(output_dir=tmp_path / "run", learning_rate="inf", warmup_steps=0, max_steps=3, held_out=4, save_steps=1, logging_steps=1, report_to="none", use_cpu="true", disable_tqdm="true")
+    flags |= dict(output_dir=tmp_path / "run", learning_rate=1000, warmup_steps=0, max_steps=40, held_out=4, save_steps=1, logging_steps=1, report_to="none", use_cpu="true", disable_tqdm="true")
     assert main([command, *(f"--{k}={v}" for k, v in flags.items())]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bgrpo:")]
-    assert len(said) == 1 and "weights are not finite after step 1" in said[0]
+    assert len(said) == 1 and re.search("was not taken, because its loss .* gradient norm (nan|inf)", said[0]), said
     assert not (tmp_path / "run/policy").exists() and not (tmp_path / "run/result.json").exists()
 
 

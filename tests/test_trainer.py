@@ -28,7 +28,7 @@ from bgrpo_nb.base.processes import hand_back_memory
 from bgrpo_nb.learn.rewards import VerifiedReward, advantages_of
 from bgrpo_nb.solve.decomposition_reward import decomposition_reward
 from bgrpo_nb.base.run_folder import read_metrics
-from bgrpo_nb.learn import trainer as trainer_module
+from bgrpo_nb.learn.arguments import check_checkpointing
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
 from bgrpo_nb.recipes.train import TrainConfig, _Validator, choose_problems, train_bgrpo
@@ -733,6 +733,6 @@ def test_what_a_search_has_no_place_for_is_refused(tmp_path):
 def test_reentrant_checkpointing_of_tries_is_refused_on_several_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(BGRPOConfig, "world_size", 2)
     reentrant = dict(gradient_checkpointing_kwargs=dict(use_reentrant=True))
-    def check(**more): trainer_module._check_checkpointing(settings(tmp_path, **more))
+    def check(**more): check_checkpointing(settings(tmp_path, **more))
     for fine in (dict(), reentrant | dict(share_prefixes=False), reentrant | dict(gradient_checkpointing=False)): check(**fine)
     with pytest.raises(ValueError, match="cannot be combined with tries on several processes; leave it out"): check(**reentrant)

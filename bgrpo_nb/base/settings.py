@@ -18,12 +18,13 @@ INHERITED = { # (smallest, largest) of fields whose class names no range
         generation_batch_size num_iterations save_total_limit max_completion_length max_steps prompts_per_step
         prompts_at_once trie_elements""".split()},
     **{name: (0, None) for name in """
-        learning_rate weight_decay adam_epsilon max_grad_norm num_train_epochs warmup_steps warmup_ratio logging_steps
+        weight_decay adam_epsilon max_grad_norm num_train_epochs warmup_steps warmup_ratio logging_steps
         eval_steps save_steps eval_delay dataloader_num_workers dataloader_prefetch_factor temperature top_k
         repetition_penalty epsilon epsilon_high delta beta ddp_timeout label_smoothing_factor""".split()},
     **{name: (0, 1) for name in ("adam_beta1", "adam_beta2", "top_p", "min_p", "top_entropy_quantile",
                                  "ref_model_mixup_alpha")},
     **{name: (0, 2**32 - 1) for name in ("seed", "data_seed")},
+    "learning_rate": (0, 1000), # above it optimizers overflow float32
     "num_generations": (2, WIDEST), "num_generations_eval": (1, WIDEST),
 }
 

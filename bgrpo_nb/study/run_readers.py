@@ -56,6 +56,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+# %% ../../nbs/10c_run_readers.ipynb #e342744d
+from ..base.network import logged_in
+
 # %% ../../nbs/10c_run_readers.ipynb #82671c6e
 METRIC = "eval_beam_rank_score"  # what runs are compared by when nothing else is asked for
 ARM = "rollout"                  # the setting whose values are compared
@@ -375,8 +378,7 @@ def _load_table(path: Path) -> list[dict]:
 # %% ../../nbs/10c_run_readers.ipynb #03c9e3c6
 def _require_login(path: str):
     "ValueError where nobody is logged in"
-    import wandb
-    if wandb.login(prompt=False, verify=False): return
+    if logged_in(): return
     raise ValueError(f"{path} is no file or folder here, and W&B can be asked only after a login; check the path, run "
                      "`wandb login`, or export the runs as CSV and give that file")
 
