@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-oldest setup lab explorers docs export bench study
+.PHONY: demo test test-oldest soak setup lab explorers docs export bench study
 
 demo: $(READY)
 	@$(BIN)/bgrpo demo
@@ -28,6 +28,11 @@ test-oldest:
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST) -e ".[study,plots,widgets,wandb]"
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-timeout pytest-xdist hypothesis
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py)
+
+# An hour of hostile texts, kills, full disks and foreign folders; the report is runs/soak/report.json
+soak: export OMP_NUM_THREADS := 1
+soak: $(READY)
+	@$(BIN)/python tests/soak.py
 
 setup: $(READY)
 

@@ -131,7 +131,7 @@ started = time.time()
 for load in (load_model, load_tokenizer):
     try: print(type(load("someone/policy")).__name__)
     except FileNotFoundError as e: print(str(e).replace(chr(10), "NEWLINE"))
-print(time.time() - started < 15)
+print(time.time() - started < 30)
 """
 
 

@@ -313,14 +313,18 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_completions_end_in_a_reason_soon(name):
+    "In less work than adding three million numbers; the machine may be slow, or busy with something else"
+    def work(call): # seconds of the processor, without those of waiting
+        start = time.thread_time()
+        call()
+        return time.thread_time() - start
     for problem in PROBLEMS.values():
-        seconds = []
-        for repeat in range(3):  # the fastest of three counts, because the machine may be busy
-            start = time.perf_counter()
+        def judge(repeat):
             verdict = verify(problem, HOSTILE[name], allow_trivial=bool(repeat % 2))
-            seconds.append(time.perf_counter() - start)
             assert verdict.reason in REASONS and verdict.valid == (verdict.reason == "ok")
-        assert min(seconds) < 0.05
+        found = [(work(lambda: judge(repeat)), work(lambda: sum(range(3_000_000)))) for repeat in range(3)]
+        ours, sums = map(min, zip(*found))
+        assert ours < sums
 
 
 @pytest.mark.parametrize("name,reason", [
