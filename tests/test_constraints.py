@@ -281,7 +281,9 @@ def catalogue_without(token): return AllowedSequences.from_ids([x for x in CATAL
 
 def test_refusals_of_a_processor():
     scores = torch.zeros(1, V)
-    with pytest.raises(ValueError, match=r"constraint.after\(P\)"): catalogue()(PROMPTS[:1], scores)
+    for constraint in (catalogue(), catalogue().after(7)):
+        with pytest.raises(ValueError, match=r"constraint.after\(P\)"): constraint(PROMPTS[:1], scores)
+    with pytest.raises(ValueError, match="prompt_length=4 is not the length"): ragged().after(4)(PROMPTS, scores)
     whole = torch.cat([PROMPTS[:1], CATALOGUE[:1]], 1)
     with pytest.raises(ValueError, match="has no end token"): catalogue().after(6)(whole, scores)
     model = family("llama")
@@ -291,7 +293,7 @@ def test_refusals_of_a_processor():
 
 @pytest.mark.parametrize("sequences, end, message", [
     ([], None, "there is no sequence"), (np.zeros((0, 3), int), None, "there is no sequence"),
-    ([[1, 2], []], None, "sequence 1 is empty"), (np.zeros((2, 0), int), None, "sequence 0 is empty"),
+    ([3, 7], None, "in brackets"), ([[1, 2], []], None, "sequence 1 is empty"), (np.zeros((2, 0), int), None, "sequence 0 is empty"),
     ([[1, 2], [3, -1]], None, "sequence 1 holds a number that is no token id"),
     ([[1], [2**31, 4]], None, "sequence 1 holds a number"), ([[1.5]], None, "whole numbers, not float64"),
     (torch.ones(2, 2), None, "whole numbers, not float32"), (torch.ones(2, 2).bool(), None, "whole numbers, not bool"),
@@ -407,6 +409,9 @@ def test_training_sees_the_scores_of_the_search(renormalize):
         logps = constraint.token_logps(logits, ids, mask.long())
         torch.testing.assert_close(logps.sum(1).view(2, -1), found.scores, atol=1e-4, rtol=0)
         assert torch.isfinite(logps).all() and not logps[~mask].any()
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(0)) # rows that were shuffled
+        start = constraint.start(2)[order // (N // 2)]
+        torch.testing.assert_close(constraint.token_logps(logits[order], ids[order], mask[order], start), logps[order])
         gradient, = torch.autograd.grad(logps.sum(), model.model.embed_tokens.weight)
         assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
 
@@ -469,3 +474,14 @@ def test_the_grammar_as_constraint_and_as_processor(static):
     assert torch.equal(carried.sequences, recounted.sequences)
     torch.testing.assert_close(carried.scores, recounted.scores)
     assert (carried.lengths < 14).any()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_grammar_of_a_model_with_more_ids_than_its_tokenizer(static):
+    "More beams than choices: the empty ones may hold any id"
+    tokenizer, size = load_tokenizer("single"), 64
+    torch.manual_seed(0)
+    model = T.AutoModelForCausalLM.from_config(T.LlamaConfig(**dict(GROUPED, vocab_size=size))).eval()
+    found = beam_search(model, PROMPTS, MASK, num_beams=60, max_new_tokens=4, eos_token_id=tokenizer.eos_token_id,
+                        pad_token_id=63, static=static, constraint=PrefixGrammar(tokenizer))
+    for b in range(2): assert max(i for tokens, _ in as_lists(found, b) for i in tokens) < len(tokenizer)

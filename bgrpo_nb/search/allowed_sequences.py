@@ -65,14 +65,17 @@ from .constraints import Constraint, from_choices
 _ROOM = 2**31                                    # token ids are smaller; an edge is parent * _ROOM + token
 
 def _flat(sequences): # all tokens one after the other, and the length of each sequence: (n,) and (N,) integers
-    if hasattr(sequences, "ndim"):
-        array = np.asarray(sequences)
+    if isinstance(sequences, Tensor): sequences = sequences.cpu().numpy()
+    if isinstance(sequences, np.ndarray):
+        array = sequences
         if array.ndim != 2: raise ValueError(f"an array of sequences must be (N, C), not {array.shape}; use a list of "
                                              f"lists where lengths differ")
         return array.reshape(-1), np.full(len(array), array.shape[1])
     sequences = list(sequences)
     if any(isinstance(x, str) for x in sequences[:1]):
         raise ValueError("sequences must be token ids, and these are texts; use AllowedSequences.from_texts")
+    if any(not hasattr(x, "__len__") for x in sequences):
+        raise ValueError("each sequence must be a list of token ids; put a single one in brackets")
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
     return np.array(list(chain.from_iterable(sequences))), lengths
 

@@ -72,7 +72,7 @@ class Constraint(LogitsProcessor):
         raise NotImplementedError
 
     def advance(self, state: Tensor, tokens: Tensor) -> Tensor: # (...) long, both and the result
-        "The state after one more token"
+        "The state after one more token, which may be any id: a search also advances beams that have ended"
         raise NotImplementedError
 
     def complete(self, state: Tensor) -> Tensor: # (...) long -> (...) bool
@@ -149,22 +149,25 @@ def log_total(self:Constraint, logits: Tensor, # (..., V)
     return at_choices(logits, tokens, allowed).logsumexp(-1)
 
 @patch
-def states(self:Constraint, completion_ids: Tensor, # (N, C) long; the rows of one prompt are neighbours
+def states(self:Constraint, completion_ids: Tensor, # (N, C) long
+           start: Tensor | None = None, # (N,) long, of each row; by default `start(N)`: prompts in their order
            ) -> Tensor: # (N, C + 1) long
     "The state before each token, and after the last"
-    found = [self.to(completion_ids.device).start(len(completion_ids))]
+    self.to(completion_ids.device)
+    found = [self.start(len(completion_ids)) if start is None else start]
     for tokens in completion_ids.unbind(1): found.append(self.advance(found[-1], tokens))
     return torch.stack(found, 1)
 
 @patch
 def token_logps(self:Constraint, logits: Tensor, # (N, C, V) before each token
-                completion_ids: Tensor,          # (N, C) long; the rows of one prompt are neighbours
+                completion_ids: Tensor,          # (N, C) long
                 completion_mask: Tensor | None = None, # (N, C), 1 on the completion; all ones by default
-                ) -> Tensor: # (N, C) nats, 0 on padding
+                start: Tensor | None = None,     # (N,) long, as in `states`
+                ) -> Tensor: # (N, C) float32 nats, 0 on padding
     "Log-probabilities of given completions, as a search under the constraint scores them"
-    states = self.states(completion_ids)
-    totals = [self.log_total(logits[:, c], states[:, c], c) for c in range(logits.shape[1])]
-    logps = logits.gather(-1, completion_ids[..., None])[..., 0] - torch.stack(totals, 1)
+    states = self.states(completion_ids, start)
+    totals = [self.log_total(logits[:, c].float(), states[:, c], c) for c in range(logits.shape[1])]
+    logps = logits.gather(-1, completion_ids[..., None])[..., 0].float() - torch.stack(totals, 1)
     mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
     if self.renormalize: self._refuse_others(completion_ids, states, mask.bool(), logits.shape[-1])
     return logps.masked_fill(~mask.bool(), 0)
@@ -193,15 +196,19 @@ def after(self:Constraint, prompt_length: int): # P, with padding
 def __call__(self:Constraint, input_ids: Tensor, # (N, P + t) long
              scores: Tensor) -> Tensor:          # (N, V) logits or log-probabilities
     "Scores with -inf for every token that may not follow"
-    if self.prompt_length is None:
-        raise ValueError("a logits processor does not know where completions begin; pass constraint.after(P), where P "
-                         "is the length of the padded prompts")
-    state = self.to(scores.device).start(len(input_ids))
-    for tokens in input_ids[:, self.prompt_length:].unbind(1): state = self.advance(state, tokens)
+    P = self.prompt_length
+    if P is None or P > input_ids.shape[1]:
+        raise ValueError(f"prompt_length={P} is not where completions begin; pass constraint.after(P), where P is the "
+                         f"length of the padded prompts")
+    written = input_ids[:, P:]
+    state = self.states(written)[:, -1]
     if self.complete(state).any():
         raise ValueError("a completion is whole and has no end token, so `generate` cannot end it; build the "
                          "constraint with an end token, or lower max_new_tokens")
     allowed = self.allowed(state, scores.shape[-1])
-    has_ended = ~allowed.any(-1, keepdim=True)                   # `generate` pads it, whatever the scores
-    scores = scores.masked_fill(~(allowed | has_ended), -torch.inf)
+    is_over = ~allowed.any(-1, keepdim=True)                     # ended, or a beam of score -inf
+    if is_over.all() and not (self.end is not None and (written == self.end).any(1).all()):
+        raise ValueError(f"no completion can become an allowed one; if prompt_length={P} is not the length of the "
+                         f"padded prompts, correct it")
+    scores = scores.masked_fill(~(allowed | is_over), -torch.inf)
     return scores.log_softmax(-1) if self.renormalize else scores

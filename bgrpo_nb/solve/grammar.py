@@ -86,6 +86,7 @@ class PrefixGrammar(Constraint):
 
     def advance(self, state: Tensor, tokens: Tensor) -> Tensor: # (...) long: missing * 3 + how the text ends
         "Missing operands are added up, and counted anew behind a separator"
+        tokens = tokens.clamp(max=len(self.last) - 1)                    # a model may have more ids
         change, missing = self.change[tokens], state // 3
         missing = torch.where(self.sets[tokens], change, missing + change)
         return missing * 3 + self.last[tokens]
