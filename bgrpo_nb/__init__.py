@@ -29,9 +29,13 @@ Folders and modules, from the ground up:
 - `algebra.problems`: Make, read, write, filter, mix and split decomposition problems.
 
 `bgrpo_nb.search`: Token ids in, ranked completions out, for any causal model.
+- `search.allowed_sequences`: A finite set of sequences, up to tens of millions, as a constraint that costs a
+  search next to nothing.
 - `search.beam_rows`: Each beam as a row of a batch with a cache of its own, for models that cannot grow a tree.
 - `search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt is read once, each token is stored
   once.
+- `search.constraints`: Searches that can write nothing else: one interface for grammars and finite sets, in
+  search, sampling and training.
 - `search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any causal model of
   Transformers.
 - `search.generation_settings`: The names of `generate`, such as top_p and stop_strings, for searches: each is
@@ -74,7 +78,7 @@ Folders and modules, from the ground up:
   package's one style.
 - `solve.evaluation_report`: What an evaluation of test sets writes, made from its summary alone: CSV, Markdown and
   figures.
-- `solve.grammar`: A logits processor that leaves only tokens which can still become well-formed prefix notation.
+- `solve.grammar`: A constraint that leaves only tokens which can still become well-formed prefix notation.
 - `solve.result_store`: The result store: files in which an evaluation stores results as they come; a killed
   process loses one batch at most.
 - `solve.test_sets`: Many policies on many files: each measured, beside the exact algorithm and the authors'

@@ -865,6 +865,56 @@ d = {
    'bgrpo_nb.recipes.train.train_bgrpo':
     ('train.html#train_bgrpo', 'bgrpo_nb/recipes/train.py'),
   },
+  'bgrpo_nb.search.allowed_sequences': {
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences':
+    ('allowed_sequences.html#allowedsequences', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.__init__':
+    ('allowed_sequences.html#allowedsequences.__init__', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.__len__':
+    ('allowed_sequences.html#allowedsequences.__len__', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.__repr__':
+    ('allowed_sequences.html#allowedsequences.__repr__', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences._is_inside':
+    ('allowed_sequences.html#allowedsequences._is_inside', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.advance':
+    ('allowed_sequences.html#allowedsequences.advance', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.allowed':
+    ('allowed_sequences.html#allowedsequences.allowed', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.choices':
+    ('allowed_sequences.html#allowedsequences.choices', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.complete':
+    ('allowed_sequences.html#allowedsequences.complete', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.find':
+    ('allowed_sequences.html#allowedsequences.find', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.from_ids':
+    ('allowed_sequences.html#allowedsequences.from_ids', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.from_texts':
+    ('allowed_sequences.html#allowedsequences.from_texts', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.inner_ends':
+    ('allowed_sequences.html#allowedsequences.inner_ends', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.load':
+    ('allowed_sequences.html#allowedsequences.load', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.path':
+    ('allowed_sequences.html#allowedsequences.path', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.restricted':
+    ('allowed_sequences.html#allowedsequences.restricted', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.save':
+    ('allowed_sequences.html#allowedsequences.save', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences.AllowedSequences.start':
+    ('allowed_sequences.html#allowedsequences.start', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences._check_ids':
+    ('allowed_sequences.html#_check_ids', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences._edges':
+    ('allowed_sequences.html#_edges', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences._flat':
+    ('allowed_sequences.html#_flat', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences._levels':
+    ('allowed_sequences.html#_levels', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences._rows':
+    ('allowed_sequences.html#_rows', 'bgrpo_nb/search/allowed_sequences.py'),
+   'bgrpo_nb.search.allowed_sequences._sorted_edges':
+    ('allowed_sequences.html#_sorted_edges', 'bgrpo_nb/search/allowed_sequences.py'),
+  },
   'bgrpo_nb.search.beam_rows': {
    'bgrpo_nb.search.beam_rows.BeamRows':
     ('beam_rows.html#beamrows', 'bgrpo_nb/search/beam_rows.py'),
@@ -989,6 +1039,44 @@ d = {
    'bgrpo_nb.search.beam_tree.without_wrappers':
     ('beam_tree.html#without_wrappers', 'bgrpo_nb/search/beam_tree.py'),
   },
+  'bgrpo_nb.search.constraints': {
+   'bgrpo_nb.search.constraints.Constraint':
+    ('constraints.html#constraint', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.__call__':
+    ('constraints.html#constraint.__call__', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint._refuse_others':
+    ('constraints.html#constraint._refuse_others', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.advance':
+    ('constraints.html#constraint.advance', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.after':
+    ('constraints.html#constraint.after', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.allowed':
+    ('constraints.html#constraint.allowed', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.choices':
+    ('constraints.html#constraint.choices', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.complete':
+    ('constraints.html#constraint.complete', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.fitted':
+    ('constraints.html#constraint.fitted', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.inner_ends':
+    ('constraints.html#constraint.inner_ends', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.log_probs':
+    ('constraints.html#constraint.log_probs', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.log_total':
+    ('constraints.html#constraint.log_total', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.start':
+    ('constraints.html#constraint.start', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.states':
+    ('constraints.html#constraint.states', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.to':
+    ('constraints.html#constraint.to', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.token_logps':
+    ('constraints.html#constraint.token_logps', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.at_choices':
+    ('constraints.html#at_choices', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.from_choices':
+    ('constraints.html#from_choices', 'bgrpo_nb/search/constraints.py'),
+  },
   'bgrpo_nb.search.generation': {
    'bgrpo_nb.search.generation.Beams':
     ('generation.html#beams', 'bgrpo_nb/search/generation.py'),
@@ -1014,8 +1102,12 @@ d = {
     ('generation.html#_decoding._texts', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding._update':
     ('generation.html#_decoding._update', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._Decoding.choices':
+    ('generation.html#_decoding.choices', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.forward':
     ('generation.html#_decoding.forward', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._Decoding.log_probs':
+    ('generation.html#_decoding.log_probs', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.over':
     ('generation.html#_decoding.over', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.process':
@@ -1508,16 +1600,20 @@ d = {
   'bgrpo_nb.solve.grammar': {
    'bgrpo_nb.solve.grammar.PrefixGrammar':
     ('grammar.html#prefixgrammar', 'bgrpo_nb/solve/grammar.py'),
-   'bgrpo_nb.solve.grammar.PrefixGrammar.__call__':
-    ('grammar.html#prefixgrammar.__call__', 'bgrpo_nb/solve/grammar.py'),
    'bgrpo_nb.solve.grammar.PrefixGrammar.__init__':
     ('grammar.html#prefixgrammar.__init__', 'bgrpo_nb/solve/grammar.py'),
-   'bgrpo_nb.solve.grammar.PrefixGrammar.to':
-    ('grammar.html#prefixgrammar.to', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar.PrefixGrammar.advance':
+    ('grammar.html#prefixgrammar.advance', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar.PrefixGrammar.allowed':
+    ('grammar.html#prefixgrammar.allowed', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar.PrefixGrammar.start':
+    ('grammar.html#prefixgrammar.start', 'bgrpo_nb/solve/grammar.py'),
    'bgrpo_nb.solve.grammar._check_words':
     ('grammar.html#_check_words', 'bgrpo_nb/solve/grammar.py'),
    'bgrpo_nb.solve.grammar._kinds':
     ('grammar.html#_kinds', 'bgrpo_nb/solve/grammar.py'),
+   'bgrpo_nb.solve.grammar._read':
+    ('grammar.html#_read', 'bgrpo_nb/solve/grammar.py'),
   },
   'bgrpo_nb.solve.test_sets': {
    'bgrpo_nb.solve.test_sets.PublishedFigure':

@@ -1,6 +1,7 @@
 """Token ids in, ranked completions out, for any causal model.
 
 - `generation`: `beam_search`, `sample` and `greedy`, which read each prompt once and return `Beams`
+- `constraints`: `Constraint`, what a search may write; `allowed_sequences`: `AllowedSequences`, a finite set as one
 - `beam_tree`: `BeamTree`, all beams of a prompt as one tree of tokens; `why_no_tree`, which models cannot use it
 - `packed_weights`: `packed_linears`, faster products on a CPU while a search runs
 """

@@ -72,6 +72,7 @@ from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, 
 # %% ../../nbs/03_generation.ipynb #ded3d7f8
 from .beam_rows import WholeTexts, on_rows, why_no_cache
 from .beam_tree import BeamTree, in_eval_mode, why_no_tree, without_wrappers
+from .constraints import Constraint, at_choices, from_choices
 from .packed_weights import forget_packed, packed_linears
 
 # %% ../../nbs/03_generation.ipynb #d88e1ec3
@@ -150,14 +151,16 @@ def _check_family(model):
     raise ValueError(f"{type(without_wrappers(model)).__name__} is an encoder-decoder, which does not continue a "
                      f"prompt: use its own generate(num_beams=...), or a decoder (AutoModelForCausalLM) here")
 
-def _check(model, input_ids, attention_mask, width, max_new_tokens) -> Tensor: # the attention mask
+def _check(model, input_ids, attention_mask, width, max_new_tokens, eos_token_id, constraint): # the mask; C
     "A clear error now instead of a strange one later"
     _check_family(model)
     attention_mask = _check_prompts(input_ids, attention_mask)
     if width < 1: raise ValueError(f"a width of {width} finds nothing; use 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens={max_new_tokens} writes nothing; use 1 or more")
-    check_length(model, int(attention_mask.sum(1).max()) + max_new_tokens)
-    return attention_mask
+    C, ends = max_new_tokens, _ids(eos_token_id, "cpu").tolist()
+    if constraint is not None: C = constraint.fitted(len(input_ids), C, ends)
+    check_length(model, int(attention_mask.sum(1).max()) + C)
+    return attention_mask, C
 
 def _ids(eos_token_id, device) -> Tensor: # (n,) long
     "End tokens from one id, several, or None"
@@ -187,27 +190,29 @@ def _inference(search: Callable[Concatenate[Any, P], Beams]) -> Callable[Concate
 def _best_candidates(scores: Tensor, # (B, K) nats; -inf where there is no beam
                      ended: Tensor,  # (B, K) bool
                      order: Tensor,  # (B, Q) long: the beams that were forwarded
-                     logp: Tensor,   # (B, Q, V) of their next token
+                     logp: Tensor,   # (B, Q, W) of their next token
+                     choices: Tensor | None, # (B, Q, W) long: which tokens these are; None: all V
                      pad: int): # scores, parents, tokens, ended: (B, K)
     "The K best of the extensions of open beams and the unchanged ended beams"
-    B, Q, V = logp.shape
+    B, Q, W = logp.shape
     open_scores = scores.gather(1, order).masked_fill(ended.gather(1, order), -torch.inf)
     extended = (open_scores[..., None] + logp).flatten(1)
     pool = torch.cat([extended, scores.masked_fill(~ended, -torch.inf)], 1)
     best, at = pool.topk(scores.shape[1], dim=1)
-    stays = at >= Q * V                                          # an ended beam that keeps its rank among the K
-    parents = torch.where(stays, at - Q * V, order.gather(1, (at // V).clamp(max=Q - 1)))
-    return best, parents, (at % V).masked_fill(stays, pad), stays
+    stays = at >= Q * W                                          # an ended beam that keeps its rank among the K
+    parents = torch.where(stays, at - Q * W, order.gather(1, (at // W).clamp(max=Q - 1)))
+    tokens = at % W if choices is None else choices.flatten(1).gather(1, at.clamp(max=Q * W - 1))
+    return best, parents, tokens.masked_fill(stays, pad), stays
 
 # %% ../../nbs/03_generation.ipynb #93cc4663
 class _Decoding:
     "B prompts with K beams each: what they have written, and how to write more"
     def __init__(self, tree,
                  scores: Tensor, # (B, K): 0 for beams that exist from the start, -inf for empty ones
-                 C: int, eos: Tensor, pad: int, processor, criteria):
+                 C: int, eos: Tensor, pad: int, processor, criteria, constraint):
         (B, K), device = scores.shape, scores.device
         self.tree, self.static, self.eos, self.pad = tree, tree.static, eos, pad
-        self.processor, self.criteria = processor, criteria
+        self.processor, self.criteria, self.constraint = processor, criteria, constraint
         self.rows = torch.arange(B, device=device)               # the prompts that are still in the batch
         self.step = 0                                            # tokens that every open beam has written
         self.column = torch.zeros(1, 1, 1, dtype=torch.long, device=device) # the same number, on the device
@@ -216,6 +221,8 @@ class _Decoding:
         self.tokens = torch.full((B, K), pad, device=device)     # the last ones
         self.lengths = torch.zeros(B, K, dtype=torch.long, device=device)
         self.ancestors = tree.paths(K)
+        state = torch.zeros_like(self.rows) if constraint is None else constraint.to(device).start(B)
+        self.state = state[:, None].repeat(1, K)                 # of the constraint
         self.order = self._open_first()
         self.out = Beams(self.written.clone(), scores.clone(), self.lengths.clone()) # of prompts that have left
 
@@ -244,6 +251,10 @@ def write(self:_Decoding, scores, parents, tokens, ended): # (B, K) each
     if self.criteria:
         texts = self._texts(written[..., :self.step + 1])
         ends_here = ends_here | self.criteria(texts, None).view_as(ended)
+    if self.constraint is not None:
+        state = self.constraint.advance(self.state.gather(1, parents), tokens)
+        ends_here = ends_here | self.constraint.complete(state)
+        self._update(state=state)
     self._update(scores=scores, tokens=tokens, written=written, column=self.column + 1,
                  lengths=self.lengths.gather(1, parents) + ~ended,
                  ancestors=self._of(self.ancestors, parents), ended=ended | ends_here | (scores == -torch.inf))
@@ -271,11 +282,26 @@ def forward(self:_Decoding):
     self._update(logits=logits, ancestors=seen)
 
 @patch
-def process(self:_Decoding, logits): # (B, Q, V), the same
+def choices(self:_Decoding): # tokens (B, Q, W) long, or None: all V; and which may be written, (B, Q, W), or None: all
+    "What the constraint leaves to each open beam"
+    if self.constraint is None: return None, None
+    state = self.state.gather(1, self.order)
+    tokens, allowed = self.constraint.choices(state, self.logits.shape[-1], self.step)
+    return tokens, allowed | self.ended.gather(1, self.order)[..., None] # an ended beam writes, and nobody reads it
+
+@patch
+def log_probs(self:_Decoding, tokens, allowed) -> Tensor: # (B, Q, W)
+    "Of the tokens that may come next"
+    if self.constraint is None: return self.logits.log_softmax(-1)
+    return self.constraint.log_probs(self.logits, tokens, allowed)
+
+@patch
+def process(self:_Decoding, x, tokens, allowed): # (B, Q, W), the same
     "What the logits processors make of logits, or of log-probabilities"
-    if not self.processor: return logits
+    if not self.processor: return x
     texts = self._texts(self._of(self.written, self.order)[..., :self.step])
-    return self.processor(texts, logits.flatten(0, 1)).view_as(logits)
+    whole = from_choices(x, tokens, self.logits.shape[-1])
+    return at_choices(self.processor(texts, whole.flatten(0, 1)).view_as(whole), tokens, allowed)
 
 # %% ../../nbs/03_generation.ipynb #be9399b6
 @patch
@@ -293,7 +319,7 @@ def over(self:_Decoding) -> bool:
 def _leave(self:_Decoding, done): # (b,) bool
     self._store(done)
     self.tree.keep_prompts((~done).nonzero()[:, 0])
-    for name in ("rows", "scores", "tokens", "written", "lengths", "ancestors", "ended"):
+    for name in ("rows", "scores", "tokens", "written", "lengths", "ancestors", "ended", "state"):
         setattr(self, name, getattr(self, name)[~done])
 
 @patch
@@ -316,6 +342,7 @@ def result(self:_Decoding) -> Beams:
 def _counts_rows(processor) -> bool:
     "It finds a row's prompt by the row's number, so it needs K rows of every prompt at every step"
     if isinstance(processor, PrefixConstrainedLogitsProcessor): return True
+    if getattr(processor, "prompts", None) is not None: return True # a constraint with a set for each prompt
     return isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
 
 def _tree(model, input_ids, attention_mask, K, C, static, processor=None) -> BeamTree:
@@ -366,14 +393,14 @@ def _warn_once(model, reason):
     warnings.warn(f"{key[0]} is searched without a beam tree, which is slower: {reason}", stacklevel=5)
 
 def _search(model, input_ids, attention_mask, start, pick, C, # tokens at most
-            eos_token_id, pad_token_id, processor, criteria, static) -> Beams:
+            eos_token_id, pad_token_id, processor, criteria, constraint, static) -> Beams:
     "Write up to C tokens after each prompt: from `start`, (B, K) scores, a token of every beam at each `pick`"
     K, eos = start.shape[1], _ids(eos_token_id, input_ids.device)
     processor = _as_list(processor, LogitsProcessorList)
     criteria = _as_list(criteria, StoppingCriteriaList)
     _check_capture(static, input_ids.is_cuda, bool(processor or criteria))
     def run(tree):
-        search = _Decoding(tree, start, C, eos, pad_token_id, processor, criteria)
+        search = _Decoding(tree, start, C, eos, pad_token_id, processor, criteria, constraint)
         return _run(model, search, lambda: pick(search), C, static == "capture")
     reason = why_no_tree(model, input_ids.shape[1] + C)
     if reason is None: return run(_tree(model, input_ids, attention_mask, K, C, static, processor))
@@ -398,37 +425,43 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 pad_token_id: int,
                 logits_processor=None,    # one of Transformers' processors, or a list, for log-probabilities
                 stopping_criteria=None,   # one of Transformers' criteria, or a list: what else ends a beam
+                constraint: Constraint | None = None, # what completions may be
                 static: bool | str | None = None, # fixed shapes; None: on an accelerator; "capture": a CUDA graph
                 ) -> Beams: # best first; fewer than K where fewer sequences exist
     "The K sequences that a beam search finds for each prompt, each prompt read once"
-    attention_mask = _check(model, input_ids, attention_mask, num_beams, max_new_tokens)
+    mask, C = _check(model, input_ids, attention_mask, num_beams, max_new_tokens, eos_token_id, constraint)
     start = torch.full((len(input_ids), num_beams), -torch.inf, device=input_ids.device)
     start[:, 0] = 0                                          # one beam, which has written nothing
     def pick(search):
-        logp = search.process(search.logits.log_softmax(-1))
-        search.write(*_best_candidates(search.scores, search.ended, search.order, logp, pad_token_id))
-    return _search(model, input_ids, attention_mask, start, pick, max_new_tokens, eos_token_id, pad_token_id,
-                   logits_processor, stopping_criteria, static)
+        tokens, allowed = search.choices()
+        logp = search.process(search.log_probs(tokens, allowed), tokens, allowed)
+        search.write(*_best_candidates(search.scores, search.ended, search.order, logp, tokens, pad_token_id))
+    return _search(model, input_ids, mask, start, pick, C, eos_token_id, pad_token_id, logits_processor,
+                   stopping_criteria, constraint, static)
 
 # %% ../../nbs/03_generation.ipynb #3e4ea040
 def greedy(model, input_ids: Tensor, # (B, P) long, left padded
            attention_mask: Tensor | None = None, # (B, P)
            *, max_new_tokens: int, eos_token_id, pad_token_id: int, # as in `beam_search`
-           logits_processor=None, stopping_criteria=None, static: bool | str | None = None, # as in `beam_search`
+           logits_processor=None, stopping_criteria=None, constraint: Constraint | None = None, # as in `beam_search`
+           static: bool | str | None = None, # as in `beam_search`
            ) -> Beams: # K = 1
     "The most likely token at each step"
     return beam_search(model, input_ids, attention_mask, num_beams=1, max_new_tokens=max_new_tokens,
                        eos_token_id=eos_token_id, pad_token_id=pad_token_id, logits_processor=logits_processor,
-                       stopping_criteria=stopping_criteria, static=static)
+                       stopping_criteria=stopping_criteria, constraint=constraint, static=static)
 
 # %% ../../nbs/03_generation.ipynb #c654b55f
 def _draw(search, temperature, generator):
     "A token for every open sample; samples keep their order"
-    logp = search.logits.log_softmax(-1)
-    chances = (search.process(search.logits) / temperature).softmax(-1)
-    drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(search.order.shape)
-    gains = logp.gather(2, drawn[..., None])[..., 0]
-    tokens = torch.full_like(search.tokens, search.pad).scatter(1, search.order, drawn)
+    choices, allowed = search.choices()
+    logp = search.log_probs(choices, allowed)
+    weights = search.process(at_choices(search.logits, choices, allowed), choices, allowed)
+    chances = (weights / temperature).softmax(-1)
+    drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(*search.order.shape, 1)
+    gains = logp.gather(2, drawn)[..., 0]
+    if choices is not None: drawn = choices.gather(2, drawn)
+    tokens = torch.full_like(search.tokens, search.pad).scatter(1, search.order, drawn[..., 0])
     tokens = tokens.masked_fill(search.ended, search.pad)
     gains = torch.zeros_like(search.scores).scatter(1, search.order, gains).masked_fill(search.ended, 0)
     itself = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -444,15 +477,16 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
            generator: torch.Generator | None = None, # of the random numbers; torch's global one by default
            logits_processor=None,   # one of Transformers' processors, or a list, for logits
            stopping_criteria=None,  # as in `beam_search`
+           constraint: Constraint | None = None, # as in `beam_search`
            static: bool | None = None, # shapes that never change; None: on an accelerator
            ) -> Beams: # in the order of drawing; scores are the policy's own, at temperature 1
     "K independent samples of each prompt, each prompt read once"
-    K, C = num_return_sequences, max_new_tokens
-    attention_mask = _check(model, input_ids, attention_mask, K, C)
+    K = num_return_sequences
+    mask, C = _check(model, input_ids, attention_mask, K, max_new_tokens, eos_token_id, constraint)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} draws nothing; use a number above 0, or greedy()")
     if static == "capture": raise ValueError("static='capture' is for beams: use static=True")
     start = torch.zeros(len(input_ids), K, device=input_ids.device)
     def pick(search): _draw(search, temperature, generator)
-    return _search(model, input_ids, attention_mask, start, pick, C, eos_token_id, pad_token_id, logits_processor,
-                   stopping_criteria, static)
+    return _search(model, input_ids, mask, start, pick, C, eos_token_id, pad_token_id, logits_processor,
+                   stopping_criteria, constraint, static)
