@@ -27,9 +27,9 @@ CODES, OTHER, P = 256, 4, 32
 V = 3 * CODES + OTHER
 
 
-def alternating(*functions, repeats):
+def alternating(*functions, repeats, warm=True):
     "Median seconds of each, called in turns, after one call that is not measured"
-    for f in functions: f()
+    for f in functions if warm else (): f()
     times = [[] for _ in functions]
     for _ in range(repeats):
         for f, t in zip(functions, times):
@@ -154,7 +154,7 @@ def wide(who, K, n):
     with torch.no_grad():
         search(2)()
         before, run, results = peak_gib(), search(K), []
-        seconds, = alternating(lambda: results.append(run()), repeats=1 if K > 1000 else 5)
+        seconds, = alternating(lambda: results.append(run()), repeats=1 if K > 1000 else 5, warm=K <= 1000)
     scores = (results[-1].scores if who == "ours" else results[-1].sequences_scores).flatten()
     print(rounded(seconds=seconds, more_gib=peak_gib() - before, beams=int((scores > -1e8).sum())))
 
@@ -184,7 +184,7 @@ def main():
     if args.wide: return wide(args.wide[0], *map(int, args.wide[1:]))
     model, (items, kind), repeats = policy(), catalogue(), 60 if args.quick else 200
     with torch.no_grad():
-        results = dict(catalogue=kind, cost=[show(f"{len(x):,} items, {B} prompt(s)", cost(model, x, repeats, B))
+        results = dict(catalogue=kind, cost=[show(f"{len(x):,} items, {B} prompt(s)", cost(model, x, repeats if B == 1 else repeats // 4, B))
                                              for x in (items, random_items(1_000_000)) for B in (1, 16)])
         results["samples"] = show("16 samples", samples(model, items, repeats))
     if args.quick: return
