@@ -155,7 +155,7 @@ CONTRACT: dict[str, dict[str, str]] = {
     },
     "different": {
         "num_generations": "with beams the beam width",
-        "max_completion_length": "None is refused, for a search needs an end",
+        "max_completion_length": "None is refused, since a search needs an end",
         "per_device_train_batch_size": _SIZE,
         "generation_batch_size": _SIZE,
         "steps_per_generation": "as in TRL; micro-batches hold whole groups (unless share_prefixes is off)",
