@@ -349,7 +349,7 @@ def test_a_value_is_read_as_it_was_meant(name, given, meant):
 
 @pytest.mark.parametrize("text,says", [
     ("max_steps: 3\nmax_steps: 4", "twice"), ("max_steps: " + "[" * 3000, "nested too deeply"), ("[1, 2]", "name: value"), ("1: 2", "no name"), ("max_stepz: 3", "did you mean max_steps"),
-    ("max_steps: 0", "whole number of 1 or more"), ("max_steps: -1", "1 or more"), ("learning_rate: .nan", "number of 0 or more"), ("num_generations: 100000", "from 2 to 10000"),
+    ("max_steps: 0", "whole number of 1 or more"), ("max_steps: -1", "1 or more"), ("learning_rate: .nan", "number from 0 to 1000"), ("num_generations: 100000", "from 2 to 10000"),
     ("seed: 3_2", "whole number"), ("beam_width: 4\nnum_generations: 5", "keep one"), ("use_beam: 3", "true or false"), ("max_steps: {a: 1}", "cannot be read"),
     ("a: !!python/object/apply:os.system ['touch hacked']", "no YAML"), ("learning_rate:", ""), ("model:", "is empty")])
 def test_a_file_of_settings_is_read_strictly(text, says, tmp_path, monkeypatch):
