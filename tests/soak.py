@@ -80,7 +80,8 @@ def kill(rng, work):
     shutil.rmtree(folder, ignore_errors=True)
     moments = [round(rng.uniform(3, 14), 2) for _ in range(rng.randint(1, 3))]
     for k, seconds in enumerate([*moments, None]):
-        more = ["--resume"] if (folder / "config.yaml").exists() else []
+        more = ["--resume"] if any(folder.glob("checkpoint-*/trainer_state.json")) else []
+        if not more: shutil.rmtree(folder, ignore_errors=True)
         running = subprocess.Popen([sys.executable, "-m", "bgrpo_nb", *TRAIN, "--output_dir", str(folder), *more], cwd=work,
                                    env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try: _, errors = running.communicate(timeout=seconds)
@@ -104,7 +105,7 @@ def full_disk(rng, work):
     if done.returncode and not last[0].startswith("bgrpo"): return dict(limit=limit, fault=done.stderr[-800:])
     if "should not happen" in last[0]: return dict(limit=limit, fault=last[0])
     if done.returncode == 0: return None if policy_of(folder) == policy_of(straight) else dict(limit=limit, fault="another policy")
-    resumable = (folder / "config.yaml").exists() and (folder / "config.yaml").stat().st_size
+    resumable = any(folder.glob("checkpoint-*/trainer_state.json"))
     if not resumable: shutil.rmtree(folder, ignore_errors=True)
     again = bgrpo([*TRAIN, "--output_dir", str(folder), *(["--resume"] if resumable else [])], work)
     if again.returncode: return dict(limit=limit, fault=again.stderr[-800:])

@@ -568,3 +568,14 @@ def test_an_error_has_a_line_of_its_own_below_the_progress_bar(capsys):
             raise OSError("the disk is full")
     with pytest.raises(OSError, match="full"): run_steps(Failing())
     assert bar.bar.disable and capsys.readouterr().err.endswith("\n")
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(begun, tmp_path):
+    "Between the last checkpoint and the policy"
+    import shutil
+    folder = tmp_path / "run"
+    shutil.copytree(begun, folder)
+    whole = (folder / "policy/model.safetensors").read_bytes()
+    shutil.rmtree(folder / "policy")
+    assert main(["sft", "--resume", "--output_dir", str(folder)]) in (0, None)
+    assert (folder / "policy/model.safetensors").read_bytes() == whole
