@@ -570,12 +570,16 @@ def test_an_error_has_a_line_of_its_own_below_the_progress_bar(capsys):
     assert bar.bar.disable and capsys.readouterr().err.endswith("\n")
 
 
-def test_a_run_that_was_killed_after_its_last_step_takes_no_other(begun, tmp_path):
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(policy, tmp_path):
     "Between the last checkpoint and the policy"
     import shutil
     folder = tmp_path / "run"
-    shutil.copytree(begun, folder)
+    flags = dict(model=policy, degrees="2_2", num_problems=30, held_out=0, max_steps=2, save_steps=1, prompts_per_step=4,
+                 num_generations=4, max_completion_length=8, report_to="none", disable_tqdm="true", output_dir=folder)
+    assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) in (0, None)
     whole = (folder / "policy/model.safetensors").read_bytes()
     shutil.rmtree(folder / "policy")
-    assert main(["sft", "--resume", "--output_dir", str(folder)]) in (0, None)
+    assert main(["train", "--resume", "--output_dir", str(folder)]) in (0, None)
     assert (folder / "policy/model.safetensors").read_bytes() == whole
+    assert json.loads((folder / "result.json").read_text())["step"] == 2
+    assert (folder / "metrics.jsonl").read_text().count('"loss"') == 2
