@@ -418,6 +418,8 @@ d = {
     ('exact_resume.html#resumablegrpotrainer._save_reference', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._save_rng_state':
     ('exact_resume.html#resumablegrpotrainer._save_rng_state', 'bgrpo_nb/learn/exact_resume.py'),
+   'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer.train':
+    ('exact_resume.html#resumablegrpotrainer.train', 'bgrpo_nb/learn/exact_resume.py'),
   },
   'bgrpo_nb.learn.finite': {
    'bgrpo_nb.learn.finite.FiniteTrainer':
@@ -778,6 +780,8 @@ d = {
     ('sft.html#_trainer._save_rng_state', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer.create_optimizer':
     ('sft.html#_trainer.create_optimizer', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer.train':
+    ('sft.html#_trainer.train', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._generate':
     ('sft.html#_generate', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._generated_samples':

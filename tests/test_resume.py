@@ -289,3 +289,20 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(policy, tmp_path):
     steps = int(kept[-1][11:])
     again = subprocess.run([*command(policy, "disk/run", max_steps=steps + 1, held_out=0, save_steps=1), "--resume"], cwd=tmp_path, env=ALONE, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-2000:]
+
+
+@pytest.mark.parametrize("asked", [3, 4])
+def test_from_a_checkpoint_with_every_step_none_is_taken(policy, tmp_path, asked):
+    "Transformers' trainer would take one more; a larger number of steps continues"
+    _, _, whole = train(policy, tmp_path / "run", max_steps=3)
+    seen, rows, again = train(policy, tmp_path / "run", max_steps=asked, resume=tmp_path / "run/checkpoint-3")
+    assert len(rows) == asked and bool(seen) == (asked > 3)
+    assert torch.equal(whole, again) == (asked == 3)
+
+
+def test_a_run_in_epochs_is_over_after_its_epochs(policy, tmp_path):
+    _, rows, _ = train(policy, tmp_path / "run", max_steps=None, num_train_epochs=1)
+    last = tmp_path / f"run/checkpoint-{len(rows)}"
+    for epochs in (1, 2):
+        _, again, _ = train(policy, tmp_path / "run", max_steps=None, num_train_epochs=epochs, resume=last)
+        assert len(again) == epochs * len(rows)

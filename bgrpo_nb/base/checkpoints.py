@@ -159,3 +159,17 @@ def whole_or_nothing(folder, step, main=True):
         last = (checkpoints(folder) or ["none"])[-1]
         raise OSError(f"the checkpoint at step {step} cannot be written ({first_line(e)}); "
                       f"the last whole one is {last}. Free some space and continue with --resume") from e
+
+
+def load_finished(trainer, checkpoint):
+    """Whether a checkpoint holds every step that the trainer is asked for; its weights and state are then loaded.
+
+    Transformers' trainer would take one step more."""
+    from transformers import TrainerState
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    steps, epochs = trainer.args.max_steps, trainer.args.num_train_epochs
+    if not (state.global_step >= steps if steps > 0 else (state.epoch or 0) >= epochs): return False
+    trainer.state = state
+    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint: trainer._load_best_model()
+    return True

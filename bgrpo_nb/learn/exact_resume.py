@@ -39,11 +39,12 @@ from typing import Callable
 # %% ../../nbs/08a_exact_resume.ipynb #d53ca02a
 import torch
 from fastcore.basics import patch
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 # %% ../../nbs/08a_exact_resume.ipynb #4fc296da
-from ..base.checkpoints import seal, whole_or_nothing
+from ..base.checkpoints import load_finished, seal, whole_or_nothing
 from .finite import FiniteTrainer
 
 # %% ../../nbs/08a_exact_resume.ipynb #8bf4dd79
@@ -86,6 +87,13 @@ class ResumableGRPOTrainer(FiniteTrainer, GRPOTrainer):
         logs = self._logs
         texts = {name: list(logs[name]) for name in ("prompt", "completion", "advantages")}
         return texts | {name: list(values) for name, values in (logs["rewards"] | logs["extra"]).items()}
+
+    def train(self, resume_from_checkpoint=None, # a folder; True: the newest in output_dir
+              **kwargs):                         # of TRL's
+        "TRL's; from a checkpoint that holds every step, none is taken"
+        newest = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if newest and load_finished(self, newest): return TrainOutput(self.state.global_step, 0.0, {})
+        return super().train(resume_from_checkpoint, **kwargs)
 
 # %% ../../nbs/08a_exact_resume.ipynb #192f62c1
 @patch

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from bgrpo_nb.base.plotting import can_draw
@@ -127,19 +127,7 @@ def show_progress(trainer, *keys):
 
 def run_steps(trainer, checkpoint=None): # the folder to continue from
     "Train; the progress bar ends before an error is shown"
-    if checkpoint and _load_finished(trainer, Path(checkpoint)): return
     try: trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Progress): callback.close()
-
-
-def _load_finished(trainer, checkpoint):
-    "Whether all steps are in the checkpoint, which is then loaded: Transformers' trainer would take one step more"
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    steps = trainer.args.max_steps if trainer.args.max_steps > 0 else state.max_steps
-    if state.global_step < steps: return False
-    trainer.state = state
-    trainer._load_from_checkpoint(str(checkpoint))
-    if trainer.args.load_best_model_at_end and state.best_model_checkpoint: trainer._load_best_model()
-    return True

@@ -76,7 +76,7 @@ from transformers import Trainer, TrainingArguments
 from ..algebra.polynomial import canonical_inner
 from ..algebra.problems import (
     Problem, generate_multivariate, generate_problems, highest_first, polynomial_key, read_degrees, read_problems)
-from ..base.checkpoints import seal, whole_or_nothing
+from ..base.checkpoints import load_finished, seal, whole_or_nothing
 from ..base.files import write_json
 from ..base.run_folder import open_run, provenance
 from ..base.settings import check_ranges, setting
@@ -321,6 +321,11 @@ class _Trainer(FiniteTrainer, Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None and self.args.optimizer == "muon": self.optimizer = MuonAdamW(self.model, self.args)
         return super().create_optimizer(model)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        "From a checkpoint that holds every step, none is taken"
+        finished = resume_from_checkpoint and load_finished(self, resume_from_checkpoint)
+        if not finished: super().train(resume_from_checkpoint, **kwargs)
 
     def _save_rng_state(self, output_dir):
         "The last but one of a checkpoint's files; then the seal, and `trainer_state.json`"
