@@ -36,6 +36,8 @@ Folders and modules, from the ground up:
   once.
 - `search.constraints`: Searches that can write nothing else: one interface for grammars and finite sets, in
   search, sampling and training.
+- `search.custom_generate`: The search as Transformers' own plug-in: `model.generate(...,
+  custom_generate=tree_generate)`.
 - `search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any causal model of
   Transformers.
 - `search.generation_settings`: The names of `generate`, such as top_p and stop_strings, for searches: each is

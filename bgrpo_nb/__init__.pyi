@@ -5,6 +5,9 @@ from .algebra.exact_decomposition import decompose_exact
 from .algebra.problems import (
     Problem, filter_by_degree, generate_multivariate, generate_on_singlets, generate_problems, mix, read_problems,
     write_problems)
+from .search.allowed_sequences import AllowedSequences
+from .search.constraints import Constraint
+from .search.custom_generate import tree_generate
 from .search.generation import Beams, beam_search, greedy, sample
 from .policy.checkpoints import convert_checkpoint
 from .policy.loading import load_model, save_model
@@ -20,10 +23,11 @@ from .solve.evaluation import Report, compare, evaluate
 from .recipes.train import TrainConfig, train_bgrpo
 
 __all__ = [
-    "BGRPOConfig", "BGRPOTrainer", "Beams", "Decomposition", "PRESETS", "PrefixError", "Problem", "Report",
-    "TrainConfig", "Verdict", "VerifiedReward", "beam_search", "canonical_inner", "compare", "convert_checkpoint",
-    "decompose", "decompose_exact", "decomposition_reward", "evaluate", "filter_by_beams", "filter_by_degree",
-    "generate_multivariate", "generate_on_singlets", "generate_problems", "greedy", "load_model", "load_tokenizer",
-    "mix", "read_problems", "roll_out", "same_inner", "sample", "save_model", "search_problems", "train_bgrpo",
-    "trie_logps", "verify", "verify_batch", "write_problems",
+    "AllowedSequences", "BGRPOConfig", "BGRPOTrainer", "Beams", "Constraint", "Decomposition", "PRESETS",
+    "PrefixError", "Problem", "Report", "TrainConfig", "Verdict", "VerifiedReward", "beam_search",
+    "canonical_inner", "compare", "convert_checkpoint", "decompose", "decompose_exact", "decomposition_reward",
+    "evaluate", "filter_by_beams", "filter_by_degree", "generate_multivariate", "generate_on_singlets",
+    "generate_problems", "greedy", "load_model", "load_tokenizer", "mix", "read_problems", "roll_out",
+    "same_inner", "sample", "save_model", "search_problems", "train_bgrpo", "tree_generate", "trie_logps",
+    "verify", "verify_batch", "write_problems",
 ]

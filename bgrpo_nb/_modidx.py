@@ -1081,6 +1081,26 @@ d = {
    'bgrpo_nb.search.constraints.from_choices':
     ('constraints.html#from_choices', 'bgrpo_nb/search/constraints.py'),
   },
+  'bgrpo_nb.search.custom_generate': {
+   'bgrpo_nb.search.custom_generate._constraint':
+    ('custom_generate.html#_constraint', 'bgrpo_nb/search/custom_generate.py'),
+   'bgrpo_nb.search.custom_generate._criteria':
+    ('custom_generate.html#_criteria', 'bgrpo_nb/search/custom_generate.py'),
+   'bgrpo_nb.search.custom_generate._ends':
+    ('custom_generate.html#_ends', 'bgrpo_nb/search/custom_generate.py'),
+   'bgrpo_nb.search.custom_generate._padding':
+    ('custom_generate.html#_padding', 'bgrpo_nb/search/custom_generate.py'),
+   'bgrpo_nb.search.custom_generate._prompts':
+    ('custom_generate.html#_prompts', 'bgrpo_nb/search/custom_generate.py'),
+   'bgrpo_nb.search.custom_generate._refuse':
+    ('custom_generate.html#_refuse', 'bgrpo_nb/search/custom_generate.py'),
+   'bgrpo_nb.search.custom_generate._refuse_inputs':
+    ('custom_generate.html#_refuse_inputs', 'bgrpo_nb/search/custom_generate.py'),
+   'bgrpo_nb.search.custom_generate._result':
+    ('custom_generate.html#_result', 'bgrpo_nb/search/custom_generate.py'),
+   'bgrpo_nb.search.custom_generate.tree_generate':
+    ('custom_generate.html#tree_generate', 'bgrpo_nb/search/custom_generate.py'),
+  },
   'bgrpo_nb.search.generation': {
    'bgrpo_nb.search.generation.Beams':
     ('generation.html#beams', 'bgrpo_nb/search/generation.py'),
