@@ -1204,12 +1204,16 @@ d = {
     ('generation_settings.html#search_arguments', 'bgrpo_nb/search/generation_settings.py'),
   },
   'bgrpo_nb.search.packed_weights': {
+   'bgrpo_nb.search.packed_weights._cast_once':
+    ('fast_search.html#_cast_once', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._fits':
     ('fast_search.html#_fits', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._forwards':
     ('fast_search.html#_forwards', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._groups':
     ('fast_search.html#_groups', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._in_dtype':
+    ('fast_search.html#_in_dtype', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._is_plain':
     ('fast_search.html#_is_plain', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._joined':

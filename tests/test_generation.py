@@ -6,7 +6,7 @@ import shutil
 import warnings
 import weakref
 from copy import deepcopy
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import pytest
 import torch
@@ -965,3 +965,34 @@ def test_a_model_in_train_mode_is_probed_as_it_searches():
     model.lm_head.eval()                                    # a module with a mode of its own keeps it
     assert why_no_tree(model, 20) is None
     assert model.training and model.model.training and not model.lm_head.training
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("width", [1, 4])
+def test_under_autocast_weights_are_cast_once_a_search(name, width, monkeypatch):
+    "Autocast would cast every weight at every token; the products are the same"
+    model = under_autocast(deepcopy(family(name)))
+    def search(): return beam_search(model, PROMPTS, MASK, num_beams=width, **NO_END)
+    cast_once, in_dtype, casts = packed._cast_once, packed._in_dtype, []
+    monkeypatch.setattr(packed, "_cast_once", lambda layer, otherwise: otherwise)
+    slow = search()
+    monkeypatch.setattr(packed, "_cast_once", cast_once)
+    monkeypatch.setattr(packed, "_in_dtype", lambda layer, dtype: casts.append(layer) or in_dtype(layer, dtype))
+    fast = search()
+    products = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, T.pytorch_utils.Conv1D))]
+    assert len(casts) == len(set(casts)) == len(products)
+    assert torch.equal(fast.sequences, slow.sequences)
+    assert torch.allclose(fast.scores, slow.scores, atol=1e-5)
+    assert not any("forward" in vars(m) for m in products)
+
+
+def under_autocast(model):
+    "As a trainer has it: autocast is on inside of the forward only"
+    plain = model.forward
+    @wraps(plain)
+    def forward(*args, **kwargs):
+        with torch.autocast("cpu", dtype=torch.bfloat16): out = plain(*args, **kwargs)
+        out.logits = out.logits.float()
+        return out
+    model.forward = forward
+    return model

@@ -24,6 +24,11 @@ faster than two or three small ones.
 Plain linear layers in float32 on the CPU, from 131,072 weights on. A smaller matrix stays in the processor's cache
 and gains nothing.
 
+## Half precision: cast once
+
+Under autocast each product casts its float32 weights to bfloat16 first. A training step does that once for each
+weight, and a search would do it at every token: autocast's own memory of cast weights ends with each forward.
+
 ## For the time of a search
 
 `packed_linears` packs a model's layers for the time of a `with` block, where that pays. Afterwards the layers are
@@ -135,14 +140,13 @@ FED_ALIKE = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) # Transfo
 def _out_by_in(layer): return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 def _is_plain(layer) -> bool:
-    "A linear layer with its class's own forward, in float32, on the CPU"
+    "A linear layer with its class's own forward, in float32"
     if type(layer) not in (nn.Linear, Conv1D): return False
-    if "forward" in vars(layer): return False
-    return layer.weight.is_cpu and layer.weight.dtype == torch.float32
+    return "forward" not in vars(layer) and layer.weight.dtype == torch.float32
 
 def _fits(layers) -> bool:
     "Plain layers, large together, that can be one product"
-    if not all(_is_plain(layer) for layer in layers): return False
+    if not all(_is_plain(layer) and layer.weight.is_cpu for layer in layers): return False
     if sum(layer.weight.numel() for layer in layers) < FEWEST_WEIGHTS: return False
     inputs = {_out_by_in(layer).shape[1] for layer in layers}
     without_bias = {layer.bias is None for layer in layers}
@@ -162,6 +166,24 @@ def _groups(model):
     alone = [[layer] for layer in model.modules() if layer not in taken and _fits([layer])]
     return together + alone
 
+# %% ../../nbs/03a_fast_search.ipynb #3f1a0002
+def _in_dtype(layer, dtype):
+    "The layer with a copy of its weights in another dtype; the input is cast by autocast"
+    weight = _out_by_in(layer).detach().to(dtype)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    return lambda x: F.linear(x, weight, bias)
+
+def _cast_once(layer, otherwise):
+    "A forward that casts the layer's weights at the first product under autocast, and keeps the copy"
+    copies = {}
+    def forward(x):
+        device = x.device.type
+        if not torch.is_autocast_enabled(device): return otherwise(x)
+        dtype = torch.get_autocast_dtype(device)
+        if dtype not in copies: copies[dtype] = _in_dtype(layer, dtype)
+        return copies[dtype](x)
+    return forward
+
 # %% ../../nbs/03a_fast_search.ipynb #59429219
 FEWEST_PRODUCTS = 8            # fewer do not pay for the packing
 _USED = WeakKeyDictionary()    # model -> the packed copies of its last search
@@ -170,8 +192,8 @@ _USED = WeakKeyDictionary()    # model -> the packed copies of its last search
 def packed_linears(model,
                    rows: int,      # of a step, all prompts together
                    products: int): # of each layer, at most
-    "Pack a model's linear layers for the time of a block, where that pays"
-    changed, keys = [], []
+    "Linear layers for the time of a block: packed where that pays, and cast once under autocast"
+    changed, keys, castable = [], [], [layer for layer in model.modules() if _is_plain(layer)]
     used = _USED.pop(model, [])
     pays = products >= FEWEST_PRODUCTS and packs() and not torch.is_autocast_enabled("cpu")
     try:
@@ -182,9 +204,10 @@ def packed_linears(model,
             for layer, forward in zip(layers, _forwards(layers, weights, biases)):
                 layer.forward = forward
                 changed.append(layer)
+        for layer in castable: layer.forward = _cast_once(layer, layer.forward)
         yield model
     finally:
-        for layer in changed: del layer.forward
+        for layer in {*changed, *castable}: del layer.forward
         copies = [_PACKED.pop(key)[0] for key in keys if key in _PACKED] # an inner block may have removed a shared one
         if copies: _USED[model] = copies
 
