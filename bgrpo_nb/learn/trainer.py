@@ -15,6 +15,11 @@ functions get `beam_rank` and `beam_score` (nats) beside `completion_ids`.
 Prompts arrive as rows. Whole groups are searched, whichever process their rows are on, and each row gets its
 member of the group with its rank and score (see TRL batching).
 
+## Constraints
+
+`constraint` says what completions may be: a grammar or any rule, a set of sequences, or a function that makes a
+set for each prompt. Searches, samples and log-probabilities obey it.
+
 ## Log-probabilities
 
 TRL asks one method for the log-probabilities of the policy, the old policy and the reference policy. Here this
@@ -25,12 +30,6 @@ tree) is forwarded in full rows by TRL's own code.
 
 TRL shuffles rows before it cuts a generation batch into micro-batches. Here groups are shuffled, so that a group
 stays together and shares its trie.
-
-## Rewards of whole groups
-
-The rows of a group may be on two processes. So everything that depends on a whole group is computed from what all
-processes have gathered: how many answers are right, which of them differ, the bonus, the balance and the
-advantages.
 
 ## Validation
 
@@ -68,6 +67,7 @@ Every setting of TRL is obeyed as there, but for those in the table below. (Chap
 __all__ = ['BGRPOTrainer', 'load_policy', 'whole_model']
 
 # %% ../../nbs/09_trainer.ipynb #f827c979
+import hashlib
 import inspect
 import re
 import time
@@ -79,7 +79,6 @@ from typing import Callable
 
 # %% ../../nbs/09_trainer.ipynb #9baf8d12
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from fastcore.basics import patch
 from torch import Tensor
@@ -89,22 +88,26 @@ from trl.trainer.utils import split_tensor_dict
 # %% ../../nbs/09_trainer.ipynb #59b4c378
 from ..base.processes import hand_back_memory
 from .arguments import (
-    arguments_by_name, check_arguments, check_checkpointing, check_evaluator, check_reference, check_rollout,
-    check_tokenizer, check_turns, datasets_of, longest_prompt, numbered, rewards_with_setting)
+    arguments_by_name, check_arguments, check_checkpointing, check_constraint, check_evaluator, check_found,
+    check_reference, check_rollout, check_tokenizer, check_turns, datasets_of, longest_prompt, numbered,
+    rewards_with_setting, steady)
 from .config import BGRPOConfig
-from .exact_resume import ResumableGRPOTrainer
-from .rewards import advantages_of, balance_rewards, first_of_each
-from .trl_batching import group_order, positions_from_mask, roll_out, share_groups, trie_logps
+from .group_rewards import GroupRewardsTrainer
+from .trie import row_logps, trie_logps
+from .trl_batching import (
+    Completion, constraint_of, group_order, positions_from_mask, roll_out, share_groups)
 from ..policy.loading import load_model
 from ..policy.model import load_tokenizer
 from ..search.beam_tree import why_no_tree
+from ..search.constraints import Constraint
 from ..search.generation import check_length
 from ..search.generation_settings import INSTEAD
 
 # %% ../../nbs/09_trainer.ipynb #a325a197
-class BGRPOTrainer(ResumableGRPOTrainer):
+class BGRPOTrainer(GroupRewardsTrainer):
     "GRPO whose group is the ranked beams of a beam search (arXiv:2508.15766)"
     _tag_names, _name = ["trl", "grpo", "bgrpo"], "BGRPO"
+    identified_by = "constraint"                   # what a checkpoint must agree in
 
     def __init__(self, model,                      # a model, a bundled policy's name, a folder, or a hub id
                  reward_funcs=None,                # one or several in TRL's form, for instance a `VerifiedReward`
@@ -114,6 +117,7 @@ class BGRPOTrainer(ResumableGRPOTrainer):
                  processing_class=None,            # tokenizer; default: the model's
                  *more,                            # further arguments of GRPOTrainer, in its order
                  evaluator: Callable | None = None, # (model, tokenizer) -> metrics; replaces TRL's evaluation by reward
+                 constraint=None,                  # what completions may be: a Constraint, or prompts -> Constraint
                  **kwargs):                        # of GRPOTrainer; with a `rollout_func` nothing is searched here
         args = BGRPOConfig() if args is None else args
         kwargs = arguments_by_name(more, kwargs)
@@ -121,6 +125,7 @@ class BGRPOTrainer(ResumableGRPOTrainer):
         check_arguments(args, train_dataset, eval_dataset)
         check_evaluator(args, evaluator, eval_dataset)
         check_rollout(args, own_rollout)
+        check_constraint(args, constraint, own_rollout, train_dataset)
         check_turns(kwargs)
         check_checkpointing(args)
         quantization = kwargs.get("quantization_config")
@@ -129,8 +134,8 @@ class BGRPOTrainer(ResumableGRPOTrainer):
         else: _check_loaded(model, args.model_init_kwargs, quantization)
         check_tokenizer(model, processing_class)
         check_reference(model, args.beta, kwargs.get("peft_config"))
-        reward_funcs = rewards_with_setting(reward_funcs, args.reward)
-        self.evaluator, self._warned, self._warned_of = evaluator, False, set()
+        reward_funcs = rewards_with_setting(reward_funcs, args.reward, args.rollout)
+        self.evaluator, self._warned, self.constraint, self._first_set = evaluator, False, None, None
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
@@ -142,6 +147,7 @@ class BGRPOTrainer(ResumableGRPOTrainer):
             positions_from_mask(self.accelerator.unwrap_model(policy))
             _dropout_off(policy)
         if own_rollout is None: self._check_prompts()
+        if constraint is not None: self._obey(constraint)
 
 # %% ../../nbs/09_trainer.ipynb #b09a1002
 def load_policy(name_or_path, args, quantization_config=None, tokenizer=None): # model, tokenizer
@@ -216,10 +222,6 @@ def whole_model(trainer): # the plain model, whole, without gradients
 
 # %% ../../nbs/09_trainer.ipynb #8cc34d50
 @patch
-def _group_size(self: BGRPOTrainer) -> int:
-    return self.num_generations if self.model.training else self.num_generations_eval
-
-@patch
 def _roll_out(self: BGRPOTrainer, prompts: list, trainer) -> dict: # TRL's rollout fields, and beam_rank, beam_score
     "Completions of this process's rows"
     prompt_ids, _, _ = self._tokenize_prompts(prompts)
@@ -229,12 +231,67 @@ def _roll_out(self: BGRPOTrainer, prompts: list, trainer) -> dict: # TRL's rollo
     generator = torch.Generator(args.device).manual_seed(args.seed + self._step) if sharded else None
     with whole_model(self) as model:
         def search(group_prompts):
-            return roll_out(model, group_prompts, G, self.max_completion_length, self.eos_token_ids,
-                            self._tokenizer.pad_token_id, args.rollout, prompts_at_once=args.prompts_at_once,
-                            generator=generator, settings=settings, tokenizer=self._tokenizer)
+            groups = roll_out(model, group_prompts, G, self.max_completion_length, self.eos_token_ids,
+                              self._tokenizer.pad_token_id, args.rollout, prompts_at_once=args.prompts_at_once,
+                              generator=generator, settings=settings, tokenizer=self._tokenizer,
+                              constraint=self.constraint)
+            return [group + [_EMPTY] * (G - len(group)) for group in groups]
         members = share_groups(prompt_ids, G, search, self.accelerator.process_index, everywhere=sharded)
-    return dict(prompt_ids=prompt_ids, completion_ids=[m.ids for m in members], logprobs=None,
-                beam_rank=[m.beam_rank for m in members], beam_score=[m.score for m in members])
+    fields = dict(prompt_ids=prompt_ids, completion_ids=[m.ids or [self._tokenizer.pad_token_id] for m in members],
+                  logprobs=None, beam_rank=[m.beam_rank for m in members], beam_score=[m.score for m in members])
+    return fields | self._mask_of_empty(members)
+
+_EMPTY = Completion([], None, None) # a place of a group for which the constraint leaves no sequence
+
+@patch
+def _mask_of_empty(self: BGRPOTrainer, members) -> dict: # TRL's field env_mask, where a place is empty
+    "Empty places are in no loss; one warning"
+    filled = [bool(m.ids) for m in members]
+    self._filled = None if all(filled) else torch.tensor(filled, device=self.args.device)
+    if all(filled): return {}
+    self._warn_once(("empty",), f"{filled.count(False)} of {len(filled)} places of groups are empty, since the "
+                    "constraint leaves a prompt fewer sequences than a group has; `groups/empty_places` counts them")
+    return dict(env_mask=[[int(on)] * max(1, len(m.ids)) for on, m in zip(filled, members)])
+
+# %% ../../nbs/09_trainer.ipynb #09con003
+@patch
+def _obey(self: BGRPOTrainer, constraint):
+    "Check the constraint, with the first prompt if it is a function, and use it from now on"
+    given = isinstance(constraint, Constraint)
+    found = constraint if given else constraint_of(constraint, self._first_prompt())
+    V = self.model.config.get_text_config().vocab_size
+    check_found(self.args, found, V, self.eos_token_ids, self.aux_loss_enabled)
+    self.constraint, self._first_set = steady(constraint, found), found
+    self._may_be_empty = True
+    self._fingerprint = _fingerprint(found)
+    if found.end is None: self.mask_truncated_completions = False           # nothing is truncated
+
+@patch
+def _first_prompt(self: BGRPOTrainer) -> list[list[int]]: # token ids
+    return self._tokenize_prompts([next(iter(self.train_dataset))["prompt"]])[0]
+
+def _fingerprint(found: Constraint) -> str:
+    "Of the kind of a constraint, its settings and its tensors"
+    digest = hashlib.sha256(repr((type(found).__name__, found.renormalize, found.end, found.longest)).encode())
+    for name, x in sorted(vars(found).items()):
+        if isinstance(x, Tensor): digest.update(name.encode() + x.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+@patch
+def identity(self: BGRPOTrainer) -> str:
+    "A fingerprint of the constraint"
+    return "" if self.constraint is None else self._fingerprint
+
+@patch
+def _generate(self: BGRPOTrainer, prompts):
+    "TRL's; a completion that the constraint ends without an end token is finished, not clipped"
+    found = super(BGRPOTrainer, self)._generate(prompts)
+    if self._first_set is None or self._first_set.end is not None: return found
+    metrics = self._metrics["train" if self.model.training else "eval"]
+    metrics["completions/clipped_ratio"][-1] = 0.0
+    for name in ("mean", "min", "max"):
+        metrics[f"completions/{name}_terminated_length"][-1] = metrics[f"completions/{name}_length"][-1]
+    return found
 
 # %% ../../nbs/09_trainer.ipynb #8c60ae50
 @patch
@@ -253,14 +310,28 @@ def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, att
                                        batch_size=None, compute_entropy=False, compute_aux_loss=False, **multimodal):
     "Per-token log-probabilities and entropies (N, C), over the trie of the rows where that is possible"
     self._hand_back_memory()
-    if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
-        with self.accelerator.autocast():
-            logps, entropies = trie_logps(model, input_ids, attention_mask, logits_to_keep, self.temperature,
-                                          compute_entropy, self.args.trie_elements)
-        return logps, entropies, None
+    if self._filled is not None: # of these rows
+        attention_mask = attention_mask.clone()
+        attention_mask[~self._filled, -logits_to_keep:] = 0
+    rows = (model, input_ids, attention_mask, logits_to_keep, self.temperature, compute_entropy)
+    with self.accelerator.autocast():
+        if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
+            return *trie_logps(*rows, self.args.trie_elements, self._renormalizing()), None
+        if self._renormalizing() is not None: return *row_logps(*rows, self._renormalizing(), batch_size), None
     in_full_rows = super(BGRPOTrainer, self)._get_per_token_logps_and_entropies
     return in_full_rows(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
                         compute_aux_loss, **multimodal)
+
+@patch
+def _renormalizing(self: BGRPOTrainer): # the constraint, if it changes log-probabilities
+    return self.constraint if self._first_set is not None and self._first_set.renormalize else None
+
+@patch
+def _compute_loss(self: BGRPOTrainer, model, inputs):
+    "TRL's, which asks for log-probabilities of these rows"
+    if self.constraint is not None and "tool_mask" in inputs: self._filled = inputs["tool_mask"][:, 0] > 0
+    try: return super(BGRPOTrainer, self)._compute_loss(model, inputs)
+    finally: self._filled = None
 
 @patch
 def _hand_back_memory(self: BGRPOTrainer):
@@ -284,120 +355,6 @@ def _prepare_inputs(self: BGRPOTrainer, generation_batch):
         batch = {name: value[order] if by_row(value) else value for name, value in batch.items()}
         self._buffered_inputs = split_tensor_dict(batch, micro_batches)
     return self._buffered_inputs[self._step % micro_batches]
-
-# %% ../../nbs/09_trainer.ipynb #dfed0b90
-@patch
-def _right_answers(self: BGRPOTrainer, completion_ids, rewards) -> list[list]: # a list for each group
-    "The key of each answer, None where it is not right"
-    logged, G = self._pending_extra_logs, self._group_size()
-    own_keys = logged.get("answer_key") or [tuple(ids) for ids in completion_ids]
-    own_reasons = logged.get("reason") or [None] * len(completion_ids)
-    rows = gather_object(list(zip(own_keys, own_reasons)))
-    totals = rewards.nansum(1).tolist()                                   # of all processes already
-    keys = []
-    for (key, reason), total in zip(rows, totals):
-        right = total > 0 if reason is None else reason == "ok"
-        keys.append(_comparable(key) if right else None)
-    return [keys[i:i + G] for i in range(0, len(keys), G)]
-
-def _comparable(key):
-    "The key, or its text where Python cannot hash it, as with a list"
-    try: hash(key)
-    except TypeError: return repr(key)
-    return key
-
-@patch
-def _log_completion_extra(self: BGRPOTrainer, column: str, values):
-    "TRL's `log_extra`: a column of the table of completions, unless it does not fit the batch"
-    try: values = list(values)
-    except TypeError: values = []
-    if len(values) != self._num_rows:
-        return self._warn_once(("column", column), f"log_extra({column!r}) got {len(values)} values for "
-                               f"{self._num_rows} completions; log one for each, or the column is left out")
-    if column not in self._pending_extra_logs: self._pending_extra_logs[column] = values
-
-@patch
-def _log_metric(self: BGRPOTrainer, name: str, value):
-    "TRL's `log_metric`, unless the value is no number"
-    try: value = float(value)
-    except (TypeError, ValueError):
-        return self._warn_once(("metric", name), f"log_metric({name!r}) got {value!r}; log a number, or the metric "
-                               "is left out")
-    super(BGRPOTrainer, self)._log_metric(name, value)
-
-@patch
-def _warn_once(self: BGRPOTrainer, about: tuple, message: str):
-    "One warning for each column or metric"
-    if about not in self._warned_of: warnings.warn(message)
-    self._warned_of.add(about)
-
-@patch
-def _log_groups(self: BGRPOTrainer, groups):
-    "Shares of groups without a right answer and with right ones only; how many right answers differ"
-    right = [[key for key in group if key is not None] for group in groups]
-    values = dict(none_valid=[not r for r in right],
-                  all_valid=[len(r) == len(group) for r, group in zip(right, groups)],
-                  distinct_valid=[len(set(r)) for r in right])
-    metrics = self._metrics["train" if self.model.training else "eval"]
-    for name, found in values.items(): metrics[f"groups/{name}"].append(sum(found) / len(found))
-
-# %% ../../nbs/09_trainer.ipynb #d87760df
-def _bonus(groups) -> list[bool]: # of all rows: whether a row earns the bonus
-    return [first for group in groups for first in first_of_each([""] * len(group), group)]
-
-def _balanced(rewards: Tensor, # (rows, functions)
-              G: int) -> Tensor:
-    "Each function's rewards, balanced group by group"
-    columns = []
-    for column in rewards.T.tolist():
-        groups = [balance_rewards(column[i:i + G]) for i in range(0, len(column), G)]
-        columns.append(sum(groups, []))
-    return torch.tensor(columns, device=rewards.device).T
-
-def _against_the_others(advantages: Tensor, # (rows,), against the mean of the group
-                        scored: Tensor,     # (rows,)
-                        G: int) -> Tensor:
-    "Advantages against the mean of the other scored rows of the group"
-    n = scored.view(-1, G).sum(1).repeat_interleave(G)
-    return advantages * n / (n - 1).clamp(min=1)
-
-@patch
-def _calculate_rewards(self: BGRPOTrainer, inputs, prompts, completions, completion_ids_list) -> Tensor:
-    "TRL's (rows of all processes, functions), with bonus and balance; logs what depends on whole groups"
-    stock = super(BGRPOTrainer, self)._calculate_rewards
-    self._num_rows = len(prompts)
-    rewards = stock(inputs, prompts, completions, completion_ids_list)
-    args, G = self.args, self._group_size()
-    groups = self._right_answers(completion_ids_list, rewards)
-    self._log_groups(groups)
-    if "beam_rank" in inputs[0]: self._log_completion_extra("beam_rank", [row["beam_rank"] for row in inputs])
-    if args.distinct_bonus:
-        first_scored = (~rewards.isnan()).int().argmax(1)                 # the bonus goes to a function that has paid
-        bonus = args.distinct_bonus * torch.tensor(_bonus(groups), device=rewards.device)
-        rewards[torch.arange(len(rewards), device=rewards.device), first_scored] += bonus
-    if args.balance_rewards: rewards = _balanced(rewards, G)
-    if args.baseline in ("right_only", "minimum_risk"):
-        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
-        totals = totals.masked_fill(rewards.isnan().all(1), torch.nan).tolist()
-        scores = gather_object([row.get("beam_score", 0.0) for row in inputs])
-        self._advantages = rewards.new_tensor(advantages_of(totals, G, args.baseline, scores))
-    self._scored = ~rewards.isnan().all(1)
-    return rewards
-
-@patch
-def _generate_and_score_completions(self: BGRPOTrainer, inputs) -> dict: # a batch, ready for the loss
-    "TRL's, with the advantages that `baseline` names"
-    batch = super(BGRPOTrainer, self)._generate_and_score_completions(inputs)
-    if self.args.baseline == "mean": return batch
-    if self.args.baseline == "leave_one_out":
-        advantages = _against_the_others(self.accelerator.gather(batch["advantages"]), self._scored, self._group_size())
-    else: advantages = self._advantages
-    n, index = len(batch["advantages"]), self.accelerator.process_index
-    batch["advantages"] = advantages[n * index:][:n]
-    logged = self._logs["advantages"]                                    # TRL has logged its own already
-    for _ in range(min(len(logged), len(advantages))): logged.pop()
-    logged.extend(advantages.tolist())
-    return batch
 
 # %% ../../nbs/09_trainer.ipynb #685cd6f8
 @patch

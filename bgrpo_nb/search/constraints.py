@@ -169,20 +169,31 @@ def token_logps(self:Constraint, logits: Tensor, # (N, C, V) before each token
     totals = [self.log_total(logits[:, c].float(), states[:, c], c) for c in range(logits.shape[1])]
     logps = logits.gather(-1, completion_ids[..., None])[..., 0].float() - torch.stack(totals, 1)
     mask = torch.ones_like(completion_ids) if completion_mask is None else completion_mask
-    if self.renormalize: self._refuse_others(completion_ids, states, mask.bool(), logits.shape[-1])
+    if self.renormalize: self.check_allowed(completion_ids, states, mask.bool(), logits.shape[-1])
     return logps.masked_fill(~mask.bool(), 0)
 
 @patch
-def _refuse_others(self:Constraint, ids, states, mask, V):
-    "Outside of the set a completion has probability zero, which no loss can use"
+def fits(self:Constraint, ids: Tensor, # (N, C) long
+         states: Tensor,               # (N, C) long, before each token, or (N, C + 1)
+         V: int) -> Tensor:            # (N, C) bool
+    "Whether each token may be written in its state"
+    found = []
     for c in range(ids.shape[1]):
         tokens, allowed = self.choices(states[:, c], V, c)
-        if tokens is None: fits = allowed.gather(-1, ids[:, c, None])[:, 0]
-        else: fits = (allowed & (tokens == ids[:, c, None])).any(-1)
-        wrong = (~fits & mask[:, c]).nonzero().flatten().tolist()
-        if wrong:
-            raise ValueError(f"the constraint does not allow token {c} of completion(s) {wrong[:8]}, so their "
-                             f"probability is zero; search with the same constraint, or use renormalize=False")
+        if tokens is None: found.append(allowed.gather(-1, ids[:, c, None])[:, 0])
+        else: found.append((allowed & (tokens == ids[:, c, None])).any(-1))
+    return torch.stack(found, 1)
+
+@patch
+def check_allowed(self:Constraint, ids: Tensor, states: Tensor, # as of `fits`
+                  mask: Tensor, V: int): # (N, C) bool: what is looked at
+    "Outside of the set a completion has probability zero, which no loss can use"
+    wrong = ~self.fits(ids, states, V) & mask
+    if not wrong.any(): return
+    rows = wrong.any(1).nonzero().flatten().tolist()
+    token = int(wrong[rows[0]].int().argmax())
+    raise ValueError(f"the constraint does not allow token {token} of completion(s) {rows[:8]}, so their "
+                     f"probability is zero; search with the same constraint, or use renormalize=False")
 
 # %% ../../nbs/03d_constraints.ipynb #bf85e56b
 @patch

@@ -59,7 +59,7 @@ from ..algebra.problems import Problem
 from ..base.assets import ASSETS
 from ..base.run_folder import checkpoints
 from ..learn.rewards import REWARDS, advantages_of, rewards_of
-from ..learn.trl_batching import trie_logps
+from ..learn.trie import trie_logps
 from ..policy.model import decode_completions, encode, load_model, load_tokenizer, token_names
 from ..search.generation import beam_search, sample
 from .explorer import Explorer, as_problem, in_view, text_box

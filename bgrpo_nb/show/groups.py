@@ -39,7 +39,7 @@ import torch
 from ..algebra.polynomial import Verdict
 from ..algebra.problems import Problem
 from ..learn.rewards import REWARDS, advantages_of, rewards_of
-from ..learn.trl_batching import trie_logps
+from ..learn.trie import trie_logps
 from ..policy.model import token_names
 from .beams import completion_rows, read_policy, trace_beams
 from .explorer import Explorer, as_problem, in_view, text_box
