@@ -67,6 +67,8 @@ Folders and modules, from the ground up:
   the beams are a list.
 - `learn.rewards`: What a right answer is worth at each beam rank, and how the rewards of a group become
   advantages.
+- `learn.siblings`: An advantage for each token: what the choice at a fork of the trie was worth, compared with the
+  other choices there.
 - `learn.trainer`: TRL's `GRPOTrainer` with the ranked beams of a search as its group: any model, any task with a
   verifier.
 - `learn.trie`: The completions of a group are a trie; each distinct beginning is forwarded once, with the

@@ -388,6 +388,8 @@ d = {
     ('config.html#_faults', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_contract':
     ('config.html#_faults_of_contract', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_credit':
+    ('config.html#_faults_of_credit', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_groups':
     ('config.html#_faults_of_groups', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_names':
@@ -488,6 +490,8 @@ d = {
     ('group_rewards.html#grouprewardstrainer._of_groups', 'bgrpo_nb/learn/group_rewards.py'),
    'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._only_filled':
     ('group_rewards.html#grouprewardstrainer._only_filled', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._own_advantages':
+    ('group_rewards.html#grouprewardstrainer._own_advantages', 'bgrpo_nb/learn/group_rewards.py'),
    'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._right_answers':
     ('group_rewards.html#grouprewardstrainer._right_answers', 'bgrpo_nb/learn/group_rewards.py'),
    'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._warn_once':
@@ -502,6 +506,10 @@ d = {
     ('group_rewards.html#_comparable', 'bgrpo_nb/learn/group_rewards.py'),
    'bgrpo_nb.learn.group_rewards._of_filled':
     ('group_rewards.html#_of_filled', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards._padded':
+    ('group_rewards.html#_padded', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards._repeats':
+    ('group_rewards.html#_repeats', 'bgrpo_nb/learn/group_rewards.py'),
    'bgrpo_nb.learn.group_rewards._spread':
     ('group_rewards.html#_spread', 'bgrpo_nb/learn/group_rewards.py'),
   },
@@ -566,6 +574,14 @@ d = {
     ('rewards.html#rewards_of', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.right_only':
     ('rewards.html#right_only', 'bgrpo_nb/learn/rewards.py'),
+   'bgrpo_nb.learn.rewards.tempered':
+    ('rewards.html#tempered', 'bgrpo_nb/learn/rewards.py'),
+   'bgrpo_nb.learn.rewards.violations':
+    ('rewards.html#violations', 'bgrpo_nb/learn/rewards.py'),
+  },
+  'bgrpo_nb.learn.siblings': {
+   'bgrpo_nb.learn.siblings.sibling_advantages':
+    ('siblings.html#sibling_advantages', 'bgrpo_nb/learn/siblings.py'),
   },
   'bgrpo_nb.learn.trainer': {
    'bgrpo_nb.learn.trainer.BGRPOTrainer':

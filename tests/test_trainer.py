@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -60,6 +61,23 @@ def by_length(seen):
         seen.append(dict(prompts=prompts, ids=completion_ids, ranks=beam_rank, scores=beam_score, rewards=rewards))
         return rewards
     return reward
+
+
+def by_sum(seen):
+    "Right or wrong, in no order of rank"
+    def reward(prompts, completion_ids, beam_rank, beam_score, **kwargs):
+        rewards = [1 - 0.01 * r if sum(ids) % 3 == 0 else -0.1 for ids, r in zip(completion_ids, beam_rank)]
+        seen.append(dict(rewards=rewards, scores=beam_score))
+        return rewards
+    return reward
+
+
+def batches_of(trainer):
+    "The batches of a training, ready for the loss"
+    found, inner = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda x: (found.append(inner(x)), found[-1])[1]
+    trainer.train()
+    return found
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["trie", "full rows"])
@@ -462,6 +480,76 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     assert json.loads((tmp_path / "run/result.json").read_text())["step"] == 6
 
 
+@pytest.mark.parametrize("more", [dict(baseline="tempered", alpha=0.3), dict(baseline="violations")], ids=lambda m: m["baseline"])
+def test_a_list_weighed_by_probability(saved, tmp_path, more):
+    "The gradient of an expected reward over a list, by autograd"
+    seen = []
+    trainer = BGRPOTrainer(str(saved), by_sum(seen), settings(tmp_path, max_steps=1, share_prefixes=False, **more), prompts())
+    found, pushed = batches_of(trainer)[0]["advantages"].view(-1, 4), 0
+    for row, rewards, scores in zip(found, torch.tensor(seen[0]["rewards"]).view(-1, 4), torch.tensor(seen[0]["scores"]).view(-1, 4)):
+        logps, right = scores.clone().requires_grad_(), (rewards > 0).nonzero().flatten()
+        if more["baseline"] == "tempered": ((0.3 * logps).softmax(0) @ rewards * 4 / 0.3).backward()
+        elif len(right) and right[0]: (logps[:right[0] + 1].softmax(0) @ rewards[:right[0] + 1] * 4).backward()
+        expected = torch.zeros(4) if logps.grad is None else logps.grad
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+        pushed += bool(expected.any())
+    assert pushed
+
+
+@pytest.mark.parametrize("share,loss_type", [(True, "dr_grpo"), (False, "dr_grpo"), (True, "grpo"), (True, "dapo"), (False, "bnpo"), (True, "cispo")])
+def test_each_token_has_the_advantage_of_its_fork(saved, tmp_path, share, loss_type):
+    "Values of beginnings counted by hand; the loss pushes each token by its own advantage"
+    seen = []
+    how = dict(baseline="siblings", max_steps=1, share_prefixes=share, loss_type=loss_type, learning_rate=0)
+    trainer = BGRPOTrainer(str(saved), by_sum(seen), settings(tmp_path, **how), prompts())
+    batch, rewards = batches_of(trainer)[0], seen[0]["rewards"]
+    C, mask = batch["completion_ids"].shape[1], batch["completion_mask"]
+    for start in range(0, 16, 4):
+        rows = [batch["completion_ids"][k][:int(mask[k].sum())].tolist() for k in range(start, start + 4)]
+        def value(beginning): # mean reward of the completions that begin so
+            return np.mean([rewards[start + k] for k, row in enumerate(rows) if row[:len(beginning)] == beginning])
+        for k, row in enumerate(rows):
+            expected = [value(row[:t + 1]) - value(row[:t]) for t in range(len(row))] + [0.0] * (C - len(row))
+            assert batch["advantages"][start + k].tolist() == pytest.approx(expected, abs=1e-5)
+    assert list(trainer._logs["advantages"]) == pytest.approx(batch["advantages"].sum(1).tolist(), abs=1e-5)
+    model = trainer.model
+    logps = trainer._get_per_token_logps_and_entropies(model, torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+                                                       torch.cat([batch["prompt_mask"], mask], 1), C)[0]
+    weight = mask / mask.sum(1, keepdim=True) if loss_type == "grpo" else mask
+    slow = torch.autograd.grad(-(batch["advantages"] * logps * weight).sum(), list(model.parameters()))
+    fast = torch.autograd.grad(trainer._compute_loss(model, batch), list(model.parameters()))
+    slow, fast = (torch.cat([g.flatten() for g in gs]) for gs in (slow, fast))
+    assert slow.norm() > 0 and torch.cosine_similarity(slow, fast, 0) > 1 - 1e-5
+
+
+def test_equivalent_answers_are_credited_once(saved, tmp_path):
+    "All right answers of a group have one key: the best one is scored, the others are neither paid nor punished"
+    seen = []
+    reward = by_sum(seen)
+    def one_key(prompts, completion_ids, log_extra=None, **columns):
+        rewards = reward(prompts=prompts, completion_ids=completion_ids, **columns)
+        log_extra("answer_key", ["same"] * len(rewards))
+        return rewards
+    trainer = BGRPOTrainer(str(saved), one_key, settings(tmp_path, credit_once=True, max_steps=1, share_prefixes=False), prompts())
+    found, repeated = batches_of(trainer)[0]["advantages"].tolist(), 0
+    for start in range(0, 16, 4):
+        rewards = seen[0]["rewards"][start:start + 4]
+        right = [k for k, r in enumerate(rewards) if r > 0]
+        scored = [None if k in right[1:] else r for k, r in enumerate(rewards)]
+        assert found[start:start + 4] == pytest.approx(advantages_of(scored, 4), abs=1e-5)
+        repeated += len(right[1:])
+    assert repeated
+
+
+@pytest.mark.parametrize("broken,says", [
+    (dict(alpha=1.5, baseline="tempered"), "outside of 0"), (dict(alpha=0.2), "read with baseline='tempered' only"),
+    (dict(baseline="violations", rollout="sample"), "samples have none"), (dict(credit_once=True, distinct_bonus=0.1), "leave one of them out"),
+    (dict(baseline="siblings", use_liger_kernel=True), "use_liger_kernel does not take"), (dict(baseline="tempered", objective="original"), "scale_rewards='none'"),
+    (dict(baseline="sibling"), "use one of mean")])
+def test_credit_settings_that_contradict(tmp_path, broken, says):
+    with pytest.raises(ValueError, match=says): settings(tmp_path, **broken)
+
+
 @pytest.mark.parametrize("broken,says", [(dict(beta=0.1), "built in memory"), (dict(max_completion_length=2000), "positions"), (dict(num_generations=64, prompts_per_step=1,
                                          max_completion_length=1), "lower num_generations")])
 def test_what_cannot_work_is_one_clear_error(tmp_path, broken, says):
@@ -470,7 +558,7 @@ def test_what_cannot_work_is_one_clear_error(tmp_path, broken, says):
                      prompts(), processing_class=load_tokenizer("single")).train()
 
 
-@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "right_only", "minimum_risk"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "right_only", "minimum_risk", "tempered", "violations"])
 def test_a_completion_without_a_reward_has_advantage_0(saved, tmp_path, baseline):
     "It is left out of its group's baseline, and the advantages that are logged are those of the loss"
     seen, batches = [], []

@@ -50,7 +50,7 @@ from trl import GRPOTrainer
 
 # %% ../../nbs/08d_arguments.ipynb #a2baec79
 from .config import BGRPOConfig
-from .rewards import GROUP_REWARDS, VerifiedReward
+from .rewards import GROUP_REWARDS, NEED_SCORES, VerifiedReward
 from .trl_batching import constraint_of
 from ..search.constraints import Constraint
 
@@ -154,7 +154,7 @@ def check_rollout(args, rollout_func):
     "A rollout_func and nothing that it would leave unread"
     if rollout_func is None: return
     unread = dict(rollout=args.rollout == "mixed", prompts_at_once=args.prompts_at_once,
-                  baseline=args.baseline == "minimum_risk")
+                  baseline=args.baseline in NEED_SCORES)
     for name, is_set in unread.items():
         if is_set: raise ValueError(f"{name}={getattr(args, name)!r} needs the search, which a rollout_func of your "
                                     "own replaces; leave one of them out")

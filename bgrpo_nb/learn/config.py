@@ -59,7 +59,10 @@ class BGRPOConfig(GRPOConfig):
     balance_rewards: bool = setting(
         False, "scale negative rewards so that a group with right and wrong answers sums to zero")
     baseline: str = setting(
-        "mean", "how a reward becomes an advantage: mean (of the group), leave_one_out, right_only or minimum_risk")
+        "mean", "how a reward becomes an advantage: mean (of the group), leave_one_out, right_only, minimum_risk, "
+        "tempered, violations or siblings")
+    alpha: float = setting(0.5, "of baseline tempered: from 0, the mean of the group, to 1, minimum risk")
+    credit_once: bool = setting(False, "equivalent right answers after the first of a group are not scored")
     distinct_bonus: float = setting(
         0.0, "added to the reward of the best-ranked of equivalent right answers in a group")
     objective: str = setting("paper", "paper, or original: the values that the original scripts used")
@@ -168,8 +171,8 @@ CONTRACT: dict[str, dict[str, str]] = {
         "cache_implementation": "'static' or 'dynamic', the two caches of a search",
         "max_steps": "left out: 100, or as many as num_train_epochs makes",
         "num_train_epochs": "counts where max_steps is left out",
-        "scale_rewards": "only 'none' with baseline right_only or minimum_risk",
-        "multi_objective_aggregation": "only the default with baseline right_only or minimum_risk",
+        "scale_rewards": "only 'none' with baselines other than mean and leave_one_out",
+        "multi_objective_aggregation": "only the default with baselines other than mean and leave_one_out",
         "save_total_limit": "1 is refused with metric_for_best_model, which needs two checkpoints",
         "greater_is_better": "left out: true, except for a loss or a divergence",
         "torch_empty_cache_steps": "on a CPU too: freed memory goes back to the system",
@@ -189,8 +192,8 @@ def _faults_of_contract(c):
 # %% ../../nbs/08b_config.ipynb #312866ea
 def _faults(c: BGRPOConfig) -> Iterator[str]:
     "A message for each setting that cannot work"
-    for name, known in (("rollout", ROLLOUTS), ("reward", (*REWARDS, *GROUP_REWARDS)), ("baseline", BASELINES)):
-        check_choice(name, getattr(c, name), known)
+    known = dict(rollout=ROLLOUTS, reward=(*REWARDS, *GROUP_REWARDS), baseline=(*BASELINES, "siblings"))
+    for name, values in known.items(): check_choice(name, getattr(c, name), values)
     yield from _faults_of_sizes(c)
     yield from _faults_of_groups(c)
     yield from _faults_of_contract(c)
@@ -207,19 +210,32 @@ def _faults_of_sizes(c):
         if value is not None and value < 1: yield f"{name}={value} leaves nothing to compute; use 1 or more"
 
 def _faults_of_groups(c):
-    own_scale = c.baseline in ("right_only", "minimum_risk")
+    own_scale = c.baseline not in ("mean", "leave_one_out")
     if own_scale and c.scale_rewards not in ("none", False):
         yield (f"baseline={c.baseline} cannot be combined with scale_rewards={c.scale_rewards}; "
                "use scale_rewards='none', or objective='paper'")
     if own_scale and c.multi_objective_aggregation != GRPOConfig.multi_objective_aggregation:
         yield (f"baseline={c.baseline} works on the sum of the rewards, not with multi_objective_aggregation="
                f"{c.multi_objective_aggregation!r}; use baseline='mean' or 'leave_one_out'")
+    yield from _faults_of_credit(c)
     if c.distinct_bonus < 0:
         yield f"distinct_bonus={c.distinct_bonus} would punish an answer for being new; use 0 or more"
     if c.num_generations < 2:
         yield f"num_generations={c.num_generations} leaves nothing to compare; a group needs 2 or more"
     if c.max_completion_length is not None and c.max_completion_length < 1:
         yield f"max_completion_length={c.max_completion_length} leaves no room for an answer; use 1 or more tokens"
+
+def _faults_of_credit(c):
+    if not 0 <= c.alpha <= 1: yield f"alpha={c.alpha} is outside of 0 (the mean) to 1 (minimum risk)"
+    if c.alpha != type(c).alpha and c.baseline != "tempered":
+        yield f"alpha={c.alpha} is read with baseline='tempered' only, not {c.baseline!r}; leave one of them out"
+    if c.baseline == "violations" and c.rollout == "sample":
+        yield "baseline='violations' corrects the order of beams, and samples have none; use rollout='beam' or 'mixed'"
+    if c.baseline == "siblings" and c.use_liger_kernel:
+        yield "baseline='siblings' has an advantage for each token, which use_liger_kernel does not take; leave it out"
+    if c.credit_once and c.distinct_bonus:
+        yield (f"credit_once leaves repeated answers out, and distinct_bonus={c.distinct_bonus} pays them less; leave "
+               "one of them out")
 
 def _faults_with_beams(c):
     if c.save_total_limit == 1 and c.metric_for_best_model:
