@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from test_trainer import ONE_THREAD, SMALL, assert_equal_runs, run_processes  # noqa: F401
 from test_trl_contract import STEPS, TINY, TOKENS, parameters
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from bgrpo_nb.learn.config import BGRPOConfig

@@ -198,8 +198,8 @@ def check_constraint(args, constraint, rollout_func, train_dataset):
     "Errors of a constraint that can be found before a model is loaded"
     if constraint is None: return
     if not isinstance(constraint, Constraint) and not callable(constraint):
-        raise TypeError(f"constraint is a {type(constraint).__name__}; give a Constraint, such as AllowedSequences, or a "
-                        "function: prompts (lists of token ids) -> a Constraint with a set for each")
+        raise TypeError(f"constraint is a {type(constraint).__name__}; give a Constraint, such as AllowedSequences, or "
+                        "a function: prompts (lists of token ids) -> a Constraint with a set for each")
     if rollout_func is not None:
         raise ValueError("constraint limits the search, which a rollout_func of your own replaces; leave one of them "
                          "out")

@@ -218,6 +218,8 @@ def _faults_of_groups(c):
         yield (f"baseline={c.baseline} works on the sum of the rewards, not with multi_objective_aggregation="
                f"{c.multi_objective_aggregation!r}; use baseline='mean' or 'leave_one_out'")
     yield from _faults_of_credit(c)
+    if c.reward in GROUP_REWARDS and c.rollout == "sample":
+        yield f"reward={c.reward!r} pays by rank, and samples have none; use reward='hit', or rollout='beam'"
     if c.distinct_bonus < 0:
         yield f"distinct_bonus={c.distinct_bonus} would punish an answer for being new; use 0 or more"
     if c.num_generations < 2:

@@ -173,8 +173,9 @@ def _of_groups(self: GroupRewardsTrainer, rewards, ranks, ranked) -> Tensor: # (
     for i, f in enumerate(self.reward_funcs):
         rule = GROUP_REWARDS.get(getattr(f, "reward", None)) if isinstance(f, VerifiedReward) else None
         if rule is None: continue
-        if not ranked: raise ValueError(f"reward={f.reward!r} needs beam ranks, and the rollout_func gives none; let it "
-                                        "return a list beam_rank, or use reward='hit'")
+        if not ranked:
+            raise ValueError(f"reward={f.reward!r} needs beam ranks, and the rollout_func gives none; let it return a "
+                             "list beam_rank, or use reward='hit'")
         column = []
         for group in zip(self._in_groups(rewards[:, i].tolist()), self._in_groups(ranks)):
             scored = [k for k, r in enumerate(group[0]) if r == r]        # not NaN

@@ -41,6 +41,11 @@ With an `evaluator`, validation measures what the evaluator measures. It runs th
 A model with random weights learns to name the digit that follows: after 3 comes 4. The verifier looks at one
 token. There are no labels and no supervised training, and it takes a few seconds on a CPU.
 
+## A run under a constraint
+
+The same task as a list: only the ten digits may be written, and the right one is to be first. `TargetReward` (05b)
+takes it from a column of the dataset.
+
 ## One group, looked at closely
 
 What a reward function gets for one group, and what the trainer makes of it. A right answer is one whose first
