@@ -82,6 +82,8 @@ d = {
     ('polynomial.html#_degrees_fit', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial._expanded_tokens':
     ('polynomial.html#_expanded_tokens', 'bgrpo_nb/algebra/polynomial.py'),
+   'bgrpo_nb.algebra.polynomial._in_b':
+    ('polynomial.html#_in_b', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial._is_trivial':
     ('polynomial.html#_is_trivial', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial._leading_exponents':
