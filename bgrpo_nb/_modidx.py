@@ -2112,6 +2112,8 @@ d = {
     ('trials.html#_next_planned', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._open_postgres':
     ('trials.html#_open_postgres', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._point':
+    ('trials.html#_point', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._prepare':
     ('trials.html#_prepare', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._return_one':

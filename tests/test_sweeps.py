@@ -219,6 +219,20 @@ def test_a_retry_whose_checkpoints_are_all_damaged_starts_anew_and_keeps_them(pl
     assert len(caught) == 1 and "--resume" not in (again / "log.txt").read_text() and (damaged / "trainer_state.json").exists()
 
 
+def test_a_worker_that_dies_before_it_has_read_its_point_changes_no_point(place, monkeypatch):
+    "And it does not count as a loss of the point; found by `tests/load.py`"
+    from bgrpo_nb.study import trials
+    sweep = read_sweep("grid.yaml", run_cap=1)
+    study = open_study(sweep, place / "out")
+    point = plan(sweep)[0].parameters
+    monkeypatch.setattr(trials, "SIGN", -1)
+    for _ in range(4):
+        study.ask()
+        assert return_lost(study, place / "out") == [0]
+    trial = claim(study, sweep)
+    assert trial.params == point and trial.user_attrs["lost"] == 0
+
+
 def test_another_machine_is_lost_when_it_is_silent(place):
     sweep = read_sweep("grid.yaml")
     study = open_study(sweep, place / "out")

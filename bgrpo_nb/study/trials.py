@@ -220,8 +220,14 @@ def give_back(study: optuna.Study, trial, counted: bool = True) -> bool: # wheth
     a = trial.user_attrs
     lost = a.get("lost", 0) + counted
     if lost > RETRIES: return False
-    _enqueue(study, trial.params, planned=a.get("planned"), seed=a.get("seed"), attempt=a["attempt"] + 1, lost=lost)
+    attempt = dict(planned=a.get("planned"), seed=a.get("seed"), attempt=a["attempt"] + 1, lost=lost)
+    _enqueue(study, _point(study, trial), **attempt)
     return True
+
+def _point(study, trial) -> dict: # parameter -> value
+    "What the plan says, also where the worker died before it had read that"
+    found = study.get_trials(deepcopy=False)[trial.number]
+    return found.system_attrs.get("fixed_params", {}) | found.params
 
 def return_lost(study: optuna.Study, folder) -> list[int]: # planned numbers
     "End the processes of lost workers, keep results that are complete, give the other points back"
@@ -239,7 +245,7 @@ def _return_one(study, trial, folder) -> int | None: # its planned number, if th
         _tell(study, trial, TrialState.COMPLETE, value)
         return None
     if "planned" in a:
-        again = give_back(study, trial)
+        again = give_back(study, trial, counted="folder" in a)  # a point that had not begun ends no worker
         if where and where.is_dir(): _fail(where, "its worker was lost" + ("" if again else _GIVEN_UP), None)
     _tell(study, trial, TrialState.FAIL)
     return a.get("planned")
