@@ -25,7 +25,7 @@ test-oldest: export OMP_NUM_THREADS := 1
 test-oldest:
 	@$(PYTHON) -m venv --clear $(OLDEST)
 	@$(PYTHON) tests/lowest_versions.py > $(OLDEST)/lowest.txt
-	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST) -e ".[study,plots,widgets,wandb]"
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST) -e ".[study,plots,widgets,wandb,lora]"
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-timeout pytest-xdist hypothesis
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py)
 

@@ -82,6 +82,8 @@ d = {
     ('polynomial.html#_degrees_fit', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial._expanded_tokens':
     ('polynomial.html#_expanded_tokens', 'bgrpo_nb/algebra/polynomial.py'),
+   'bgrpo_nb.algebra.polynomial._in_b':
+    ('polynomial.html#_in_b', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial._is_trivial':
     ('polynomial.html#_is_trivial', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial._leading_exponents':
@@ -2246,6 +2248,8 @@ d = {
     ('trials.html#_next_planned', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._open_postgres':
     ('trials.html#_open_postgres', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._point':
+    ('trials.html#_point', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._prepare':
     ('trials.html#_prepare', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._return_one':

@@ -431,3 +431,14 @@ def test_what_sympy_expands_is_read(text):
 
 def test_a_polynomial_modulo_a_prime_is_refused():
     with pytest.raises(PrefixError, match="modulo 5"): from_sympy(sympy.Poly("x**2 + 7", modulus=5))
+
+
+@pytest.mark.parametrize("problem, answer, outer", [
+    ("* P 4 ^ a P 4", "* P 4 ^ a P 2 & ^ a P 2", "* P 4 ^ b P 2"),
+    ("* P 4 ^ a P 4", "* P 4 ^ x7 P 2 & ^ a P 2", "* P 4 ^ b P 2"),
+    ("+ ^ a P 4 ^ c P 2", "+ ^ a P 2 a1 & ^ a P 2 & ^ c P 2", "+ ^ b0 P 2 b1"),
+])
+def test_the_outer_polynomial_of_a_verdict_is_in_b(problem, answer, outer):
+    "Whatever the answer calls its variables; found by `make soak`"
+    verdict = verify(problem, answer)
+    assert verdict.valid and verdict.outer == outer

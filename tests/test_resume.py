@@ -103,7 +103,7 @@ def test_reference_policies_and_adapters_continue_too(policy, tmp_path, kind):
 
 def test_a_checkpoint_without_its_reference_continues_with_a_warning(policy, tmp_path):
     train(policy, tmp_path / "run", **MOVING, max_steps=2)
-    (tmp_path / "run/checkpoint-2/reference.pt").unlink()
+    for name in ("reference.pt", "seal.json"): (tmp_path / f"run/checkpoint-2/{name}").unlink()  # as TRL writes it
     with pytest.warns(UserWarning, match="holds no reference policy"):
         train(policy, tmp_path / "run", str(tmp_path / "run/checkpoint-2"), **MOVING | dict(max_steps=3, save_strategy="no"))
 
@@ -174,7 +174,7 @@ def test_kill_9_and_resume(policy, tmp_path, processes):
     for pid in [running.pid, *children(running.pid)]: os.kill(pid, signal.SIGKILL)
     running.communicate()
     torn = tmp_path / "killed/checkpoint-9"                             # as if it had been killed while it wrote this one
-    shutil.copytree(newest_checkpoint(tmp_path / "killed"), torn, dirs_exist_ok=True)
+    if not torn.exists(): shutil.copytree(newest_checkpoint(tmp_path / "killed"), torn)
     (torn / "trainer_state.json").write_text('{"global_step": 9, "log')
     again = subprocess.run([*command(policy, "killed", processes), "--resume"], cwd=tmp_path, env=ALONE, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -204,6 +204,7 @@ def test_sigterm_at_one_of_two_processes_saves_and_ends_both(policy, tmp_path):
 def test_another_number_of_processes_continues_with_a_warning(policy, tmp_path):
     train(policy, tmp_path / "run", max_steps=2)
     (tmp_path / "run/checkpoint-2/pending_0_of_1.pt").rename(tmp_path / "run/checkpoint-2/pending_0_of_2.pt")
+    (tmp_path / "run/checkpoint-2/seal.json").unlink()
     checkpoint = str(tmp_path / "run/checkpoint-2")
     with pytest.warns(UserWarning, match="not written by 1 process"):
         _, rows, _ = train(policy, tmp_path / "run", checkpoint, max_steps=4, save_strategy="no")

@@ -173,21 +173,64 @@ def test_what_had_finished_when_its_worker_died_is_kept(place):
     assert return_lost(study, place / "out") == [] and study.trials[0].value == 19.0 and claim(study, sweep) is None
 
 
-def test_a_retry_of_training_goes_on_from_the_checkpoints_of_the_attempt_that_was_cut_off(place, monkeypatch):
+def cut_off(study, sweep, folder):
+    "A trial that was claimed and is in the queue again, as after the loss of its worker"
+    from bgrpo_nb.study import trials
+    cut = claim(study, sweep)
+    trials.give_back(study, cut)
+    study.tell(cut.number, state=TrialState.FAIL)
+    return folder / cut.user_attrs["folder"]
+
+
+def left_behind(before, state):
+    "The checkpoint at step 5 and the files of a run"
+    checkpoint = before / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    for name in ("model.json", "optimizer.json"): (checkpoint / name).write_text("{}")
+    (checkpoint / "trainer_state.json").write_text(state)
+    for name in ("metrics.jsonl", "config.yaml"): (before / name).write_text("")
+    return checkpoint
+
+
+@pytest.mark.parametrize("lost", [1, 2], ids=["once", "and_again_before_it_began"])
+def test_a_retry_of_training_continues_from_the_checkpoints_of_the_attempt_that_was_cut_off(place, monkeypatch, lost):
     from bgrpo_nb.study import trials
     sweep = read_sweep("grid.yaml", run_cap=1)
     (place / "toy.py").write_text("import sys; print(sys.argv[1:])\n" + TOY)
     study = open_study(sweep, place / "out")
-    cut = claim(study, sweep)
-    before = place / "out/trials/0000/checkpoint-5"
-    before.mkdir(parents=True)
-    for name in ("trainer_state.json", "../metrics.jsonl", "../config.yaml"): (before / name).write_text("")
-    trials.give_back(study, cut)
-    study.tell(cut.number, state=TrialState.FAIL)
+    before = left_behind(cut_off(study, sweep, place / "out"), '{"global_step": 5}')
+    if lost == 2: cut_off(study, sweep, place / "out")
     monkeypatch.setattr(trials, "TRAIN", sweep.command)
     assert run_trial(study, claim(study, sweep), sweep, place / "out") == "finished"
-    again = place / "out/trials/0000-retry1"
+    again = place / f"out/trials/0000-retry{lost}"
     assert "--resume=True" in (again / "log.txt").read_text() and (again / "checkpoint-5/trainer_state.json").exists() and not before.exists()
+
+
+def test_a_retry_whose_checkpoints_are_all_damaged_starts_anew_and_keeps_them(place, monkeypatch):
+    from bgrpo_nb.study import trials
+    sweep = read_sweep("grid.yaml", run_cap=1)
+    (place / "toy.py").write_text("import sys; print(sys.argv[1:])\n" + TOY)
+    study = open_study(sweep, place / "out")
+    damaged = left_behind(cut_off(study, sweep, place / "out"), '{"global_')
+    monkeypatch.setattr(trials, "TRAIN", sweep.command)
+    with pytest.warns(UserWarning, match="trials/0000 holds no whole checkpoint.*0000-retry1 starts anew") as caught:
+        assert run_trial(study, claim(study, sweep), sweep, place / "out") == "finished"
+    again = place / "out/trials/0000-retry1"
+    assert len(caught) == 1 and "--resume" not in (again / "log.txt").read_text() and (damaged / "trainer_state.json").exists()
+
+
+def test_a_worker_that_dies_before_it_has_read_its_point_changes_no_point(place, monkeypatch):
+    "And it does not count as a loss of the point; found by `tests/load.py`"
+    from bgrpo_nb.study import trials
+    sweep = read_sweep("grid.yaml", run_cap=1)
+    study = open_study(sweep, place / "out")
+    point = plan(sweep)[0].parameters
+    monkeypatch.setattr(trials, "SIGN", -1)
+    for _ in range(4):
+        study.ask()
+        assert return_lost(study, place / "out") == [0]
+    trial = claim(study, sweep)
+    assert trial.params == point and trial.user_attrs["lost"] == 0
 
 
 def test_another_machine_is_lost_when_it_is_silent(place):

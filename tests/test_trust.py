@@ -271,8 +271,9 @@ def checkpoint_at(folder, step, sealed=True):
     save_file({"w": torch.ones(50)}, where / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "pending_0_of_1.pt"): torch.save({"x": torch.ones(9)}, where / name)
     (where / "config.json").write_text("{}")
-    if sealed: ck.seal(where)
-    (where / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    state = where / "trainer_state.json"
+    state.write_text(json.dumps({"global_step": step}))
+    if sealed: ck.seal(where, state)
     return where
 
 
@@ -292,7 +293,6 @@ def damage(path, how):
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated", "changed"])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_damaged_part_leads_to_the_checkpoint_before(run, part, how):
-    if (part, how) == ("trainer_state.json", "changed"): pytest.skip("it has no hash: it is written after the seal")
     damage(run / "checkpoint-6" / part, how)
     config = read_config(SupervisedConfig, ["--output_dir", str(run), "--resume"], "bgrpo sft")
     with pytest.warns(UserWarning, match="checkpoint-6 is ignored.*continues from checkpoint-4"):
@@ -314,6 +314,35 @@ def test_all_damaged_is_one_message_that_names_each(tmp_path):
     (checkpoint_at(tmp_path, 4) / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="checkpoint-4: model.safetensors is missing; checkpoint-2: optimizer.pt is missing"):
         ck.newest_checkpoint(tmp_path)
+
+
+def test_a_number_in_the_state_cannot_change_silently(run):
+    "Among the log lines or elsewhere, the JSON stays valid and the step is right"
+    path = run / "checkpoint-6/trainer_state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"best_metric": 0.5}, indent=2, sort_keys=True) + "\n")
+    assert ck.why_not_resume(run / "checkpoint-6").startswith("trainer_state.json has")
+    path.write_text(path.read_text()[:-1])
+    assert "trainer_state.json" in ck.why_not_resume(run / "checkpoint-6")
+
+
+def test_what_cannot_be_resumed_can_be_started_anew(run):
+    "The hashes of all checkpoints are wrong, their sizes are right; they are kept aside"
+    for checkpoint in ck.checkpoints(run): damage(checkpoint / "model.safetensors", "changed")
+    config = read_config(SupervisedConfig, ["--output_dir", str(run)], "bgrpo sft").to_dict()
+    (run / "result.json").unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint.*leave out --resume"):
+        with open_run(run, config, resume=True): pass
+    with open_run(run, config) as checkpoint: assert checkpoint is None
+    assert sorted(p.name for p in run.glob("*-[0-9]")) == ["damaged-2", "damaged-4", "damaged-6"]
+
+
+def test_the_library_resumes_from_no_damaged_checkpoint(run):
+    damage(run / "checkpoint-6/optimizer.pt", "changed")
+    with pytest.raises(ValueError, match="the content of optimizer.pt has changed; name another checkpoint"):
+        ck.checkpoint_of(str(run / "checkpoint-6"), run)
+    with pytest.warns(UserWarning, match="checkpoint-6 is ignored"): assert ck.checkpoint_of(True, run).name == "checkpoint-4"
+    assert ck.checkpoint_of(run / "checkpoint-4", run) == run / "checkpoint-4" and ck.checkpoint_of(None, run) is None
 
 
 def test_a_resumed_run_with_a_damaged_checkpoint_ends_like_the_whole_one(run, begun):

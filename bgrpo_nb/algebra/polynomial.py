@@ -547,6 +547,11 @@ def _read_outer(tokens: Sequence[str],
         return None
     return _lift(_read(tokens, {variable: generators[i] for variable, i in zip(used, numbers)}), slots)
 
+def _in_b(tokens: Sequence[str], count: int) -> str:
+    "An outer polynomial whose variables are renamed to b, with several inner polynomials to b0, b1, ..."
+    slots = {name: f"b{int(name[1:] or 0)}" if count > 1 else "b" for name in find_variables(tokens)}
+    return " ".join(slots.get(token, token) for token in tokens)
+
 def _common_variables(problem: str, parts: Sequence[Sequence[str]]) -> tuple[str, ...]: # at least two
     "The variables of a problem and of inner polynomials together"
     names = set(_problem(problem).variables)
@@ -566,7 +571,7 @@ def _verify_parts(problem: str, parts: Sequence[Sequence[str]], allow_trivial: b
     if not allow_trivial and _is_trivial(n, outer_degree, inner_degrees): return Verdict(False, "trivial")
     if outer_degree * max(inner_degrees) > MAX_DEGREE: raise TooLargeError("the composition's degree is too large")
     if not _composes(_problem_in(problem, variables), outer, inners): return Verdict(False, "not_a_decomposition")
-    return Verdict(True, "ok", " ".join(outer_tokens))
+    return Verdict(True, "ok", _in_b(outer_tokens, len(inner_tokens)))
 
 # %% ../../nbs/00_polynomial.ipynb #e96bb771
 def verify(problem: str,           # `expanded`, with or without `⁇ answer` after it

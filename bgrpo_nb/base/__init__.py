@@ -7,8 +7,8 @@
 - `strict_yaml`: YAML files of settings, read as their author means them (`read_yaml`, `parse_yaml`)
 - `settings`: a field of a config with its help text and range, and the reader of its value (`setting`, `settings_of`,
   `read_value`, `check_ranges`)
-- `checkpoints`: which checkpoints are whole, and which one a run resumes from (`seal`, `checkpoints`,
-  `newest_checkpoint`)
+- `checkpoints`: which checkpoints are whole, and which one a run resumes from (`whole_or_nothing`,
+  `checkpoints`, `newest_checkpoint`)
 - `run_folder`: what a run leaves behind: config, metrics, result, and where they came from
   (`open_run`, `read_metrics`, `best_of`, `provenance`)
 - `signals`: Ctrl-C, SIGTERM and a closed terminal (`handled`)

@@ -1,8 +1,9 @@
 """Checkpoints of Hugging Face trainers in a run's folder: which are whole, and which one a run resumes from.
 
-When a checkpoint is written, a seal with the size and SHA-256 of each of its files is added, and `trainer_state.json`
-comes last. So a checkpoint is whole when both are there and the sizes are right. Before a run resumes, the hashes are
-compared, too. Checkpoints without a seal are read as far as that is possible without torch."""
+When a checkpoint is written, a seal with the size and SHA-256 of each of its files is added, and then
+`trainer_state.json`, which the seal describes as well. So a checkpoint is whole when both are there and the sizes are
+right. Before a run resumes, the hashes are compared, too. Checkpoints without a seal are read as far as that is possible
+without torch."""
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from bgrpo_nb.base.files import first_line, write_errors, write_json
+from bgrpo_nb.base.files import PART, first_line, replacing, write_errors, write_json
 
 SEAL, STATE = "seal.json", "trainer_state.json"
 
@@ -35,13 +36,28 @@ def _sha256(path):
     with path.open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(checkpoint):
-    "Write sizes and hashes of a checkpoint's files into it; to be called before `trainer_state.json` is written"
-    checkpoint = Path(checkpoint)
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name not in (SEAL, STATE))
-    described = {str(path.relative_to(checkpoint)): dict(size=path.stat().st_size, sha256=_sha256(path))
-                 for path in files}
-    return write_json(checkpoint / SEAL, described)
+def _described(path): return dict(size=path.stat().st_size, sha256=_sha256(path))
+
+
+def seal(checkpoint, state): # the file that will be `trainer_state.json`
+    "Write sizes and hashes of a checkpoint's files into it"
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(PART))
+    described = {str(path.relative_to(checkpoint)): _described(path) for path in files if path.name not in (SEAL, STATE)}
+    return write_json(checkpoint / SEAL, described | {STATE: _described(state)})
+
+
+@contextmanager
+def _sealed_with(state): # a TrainerState
+    "While the block runs, writing the state seals the checkpoint first: both are there, or the state is not"
+    write = state.save_to_json
+
+    def seal_and_write(path):
+        with replacing(path) as part:
+            write(part)
+            seal(part.parent, part)
+    state.save_to_json = seal_and_write
+    try: yield
+    finally: del state.save_to_json
 
 
 def _faults(checkpoint, hashes):
@@ -54,7 +70,8 @@ def _faults(checkpoint, hashes):
 def _faults_of_state(checkpoint):
     try: state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): state = None
-    if not isinstance(state, dict) or state.get("global_step") != step_of(checkpoint):
+    step = checkpoint.name.removeprefix("checkpoint-")
+    if not isinstance(state, dict) or step.isdecimal() and state.get("global_step") != int(step):
         yield "it was not written to its end"
 
 
@@ -139,6 +156,20 @@ def newest_checkpoint(folder):
     raise FileNotFoundError(f"{folder} holds no whole checkpoint to resume from{found}; leave out --resume to start")
 
 
+def checkpoint_of(asked, output_dir): # a folder; True: the newest whole one in output_dir; None or False: none
+    "The checkpoint that a training continues from; ValueError if it is damaged"
+    if not asked: return None
+    if asked is True: return newest_checkpoint(output_dir)
+    fault = next(_faults(Path(asked), hashes=True), None)
+    if fault: raise ValueError(f"{asked} cannot be resumed, {fault}; name another checkpoint")
+    return asked
+
+
+def can_resume(folder):
+    "Is there a checkpoint that a run can resume from?"
+    return any(why_not_resume(checkpoint) is None for checkpoint in reversed(checkpoint_folders(folder)))
+
+
 def set_aside(folder, checkpoint=None):
     "Move away what a run cannot use and a trainer would count; damaged checkpoints become `damaged-STEP`"
     newer = -1 if checkpoint is None else step_of(checkpoint)
@@ -151,9 +182,11 @@ def set_aside(folder, checkpoint=None):
 
 
 @contextmanager
-def whole_or_nothing(folder, step, main=True):
-    "Around the writing of a checkpoint: OSError says which is the last whole one, and the part is removed"
-    try: yield
+def whole_or_nothing(folder, state, main=True): # of the run; the trainer's state; whether this process writes it
+    "Around the writing of a sealed checkpoint: OSError says which is the last whole one, and the part is removed"
+    step = state.global_step
+    try:
+        with _sealed_with(state): yield
     except write_errors() as e:
         if main: shutil.rmtree(Path(folder) / f"checkpoint-{step}", ignore_errors=True)
         last = (checkpoints(folder) or ["none"])[-1]

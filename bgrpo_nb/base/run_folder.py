@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bgrpo_nb.base.checkpoints import checkpoints, newest_checkpoint, processes_of, set_aside, step_of
+from bgrpo_nb.base.checkpoints import can_resume, checkpoints, newest_checkpoint, processes_of, set_aside, step_of
 from bgrpo_nb.base.files import write_text
 from bgrpo_nb.base.ownership import check_owner, claim_folder, locked
 from bgrpo_nb.base.strict_yaml import read_yaml
@@ -98,7 +98,7 @@ def open_run(folder, config, resume=False, main=True, fixed=()):
     not the run's (of those that may change, `fixed` may not), OSError if the folder cannot be written."""
     folder, config = Path(folder), _as_written(config)
     check_owner(folder, *RUNS, was_ours=is_run)
-    if not resume and (checkpoints(folder) or (folder / "result.json").exists()):
+    if not resume and (can_resume(folder) or (folder / "result.json").exists()):
         raise FileExistsError(f"{folder} already holds a run; "
                               "add --resume to continue it, or choose another --output_dir")
     checkpoint = newest_checkpoint(folder) if resume else None

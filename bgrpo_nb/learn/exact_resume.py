@@ -39,12 +39,12 @@ from typing import Callable
 # %% ../../nbs/08a_exact_resume.ipynb #d53ca02a
 import torch
 from fastcore.basics import patch
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 # %% ../../nbs/08a_exact_resume.ipynb #4fc296da
-from ..base.checkpoints import load_finished, seal, whole_or_nothing
+from ..base.checkpoints import checkpoint_of, load_finished, whole_or_nothing
 from .finite import FiniteTrainer
 
 # %% ../../nbs/08a_exact_resume.ipynb #8bf4dd79
@@ -94,12 +94,12 @@ class ResumableGRPOTrainer(FiniteTrainer, GRPOTrainer):
         texts = {name: list(logs[name]) for name in ("prompt", "completion", "advantages")}
         return texts | {name: list(values) for name, values in (logs["rewards"] | logs["extra"]).items()}
 
-    def train(self, resume_from_checkpoint=None, # a folder; True: the newest in output_dir
+    def train(self, resume_from_checkpoint=None, # a folder; True: the newest whole one in output_dir
               **kwargs):                         # of TRL's
-        "TRL's; from a checkpoint that holds every step, none is taken"
-        newest = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if newest and load_finished(self, newest): return TrainOutput(self.state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint, **kwargs)
+        "TRL's; from a checkpoint that holds every step, none is taken; ValueError for one that is damaged"
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint and load_finished(self, checkpoint): return TrainOutput(self.state.global_step, 0.0, {})
+        return super().train(checkpoint, **kwargs)
 
 # %% ../../nbs/08a_exact_resume.ipynb #192f62c1
 @patch
@@ -121,8 +121,7 @@ def _save_rng_state(self: ResumableGRPOTrainer, output_dir):
                    identity=self.identity())
     torch.save(pending, self._pending(output_dir))
     self._save_reference(output_dir)
-    self.accelerator.wait_for_everyone()
-    if self.args.should_save: seal(output_dir)  # then the main process writes trainer_state.json
+    self.accelerator.wait_for_everyone()  # then the main process writes the seal and trainer_state.json
 
 @patch
 def _load_rng_state(self: ResumableGRPOTrainer, checkpoint):
@@ -169,5 +168,5 @@ def _load_reference(self: ResumableGRPOTrainer, checkpoint):
 def _save_checkpoint(self: ResumableGRPOTrainer, model, trial):
     "TRL's; whole or not at all"
     folder = self._get_output_dir(trial=trial)
-    with whole_or_nothing(folder, self.state.global_step, self.args.should_save):
+    with whole_or_nothing(folder, self.state, self.args.should_save):
         super(ResumableGRPOTrainer, self)._save_checkpoint(model, trial)

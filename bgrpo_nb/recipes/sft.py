@@ -76,7 +76,7 @@ from transformers import Trainer, TrainingArguments
 from ..algebra.polynomial import canonical_inner
 from ..algebra.problems import (
     Problem, generate_multivariate, generate_problems, highest_first, polynomial_key, read_degrees, read_problems)
-from ..base.checkpoints import load_finished, seal, whole_or_nothing
+from ..base.checkpoints import checkpoint_of, load_finished, whole_or_nothing
 from ..base.files import write_json
 from ..base.run_folder import open_run, provenance
 from ..base.settings import check_ranges, setting
@@ -324,17 +324,15 @@ class _Trainer(FiniteTrainer, Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         "From a checkpoint that holds every step, none is taken"
-        finished = resume_from_checkpoint and load_finished(self, resume_from_checkpoint)
-        if not finished: super().train(resume_from_checkpoint, **kwargs)
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        if not (checkpoint and load_finished(self, checkpoint)): super().train(checkpoint, **kwargs)
 
     def _save_rng_state(self, output_dir):
-        "The last but one of a checkpoint's files; then the seal, and `trainer_state.json`"
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save: seal(output_dir)
+        self.accelerator.wait_for_everyone()    # then the main process writes the seal and trainer_state.json
 
     def _save_checkpoint(self, model, trial):
-        with whole_or_nothing(self.args.output_dir, self.state.global_step, self.args.should_save):
+        with whole_or_nothing(self.args.output_dir, self.state, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
 # %% ../../nbs/04_sft.ipynb #7f0595be

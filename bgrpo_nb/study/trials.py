@@ -50,6 +50,7 @@ import re
 import shutil
 import socket
 import time
+import warnings
 from pathlib import Path
 from typing import Callable
 
@@ -60,6 +61,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 # %% ../../nbs/10a_trials.ipynb #615e76cd
+from ..base.checkpoints import can_resume, checkpoint_folders
 from ..base.files import JsonlTail, last_lines, write_json
 from ..base.ownership import claim_folder
 from ..base.processes import end_marked, follow, is_alive, myself
@@ -218,8 +220,14 @@ def give_back(study: optuna.Study, trial, counted: bool = True) -> bool: # wheth
     a = trial.user_attrs
     lost = a.get("lost", 0) + counted
     if lost > RETRIES: return False
-    _enqueue(study, trial.params, planned=a.get("planned"), seed=a.get("seed"), attempt=a["attempt"] + 1, lost=lost)
+    attempt = dict(planned=a.get("planned"), seed=a.get("seed"), attempt=a["attempt"] + 1, lost=lost)
+    _enqueue(study, _point(study, trial), **attempt)
     return True
+
+def _point(study, trial) -> dict: # parameter -> value
+    "What the plan says, also where the worker died before it had read that"
+    found = study.get_trials(deepcopy=False)[trial.number]
+    return found.system_attrs.get("fixed_params", {}) | found.params
 
 def return_lost(study: optuna.Study, folder) -> list[int]: # planned numbers
     "End the processes of lost workers, keep results that are complete, give the other points back"
@@ -237,7 +245,7 @@ def _return_one(study, trial, folder) -> int | None: # its planned number, if th
         _tell(study, trial, TrialState.COMPLETE, value)
         return None
     if "planned" in a:
-        again = give_back(study, trial)
+        again = give_back(study, trial, counted="folder" in a)  # a point that had not begun ends no worker
         if where and where.is_dir(): _fail(where, "its worker was lost" + ("" if again else _GIVEN_UP), None)
     _tell(study, trial, TrialState.FAIL)
     return a.get("planned")
@@ -307,13 +315,15 @@ class _Watch:
 
 # %% ../../nbs/10a_trials.ipynb #5a10judg
 def _take_checkpoints(folder, a, where) -> bool: # whether there is something to resume from
-    "Move the checkpoints of the attempt that was cut off here: `bgrpo train` resumes from them"
-    if not a["attempt"]: return False
-    before = Path(folder) / folder_of(a["planned"], a["attempt"] - 1)
-    if not list(before.glob("checkpoint-*/trainer_state.json")): return False
-    for name in ("metrics.jsonl", "config.yaml"): shutil.copy(before / name, where / name)
-    for checkpoint in before.glob("checkpoint-*"): os.replace(checkpoint, where / checkpoint.name)
-    return True
+    "Move the checkpoints of the newest attempt that has a whole one here: `bgrpo train` resumes from them"
+    for attempt in reversed(range(a["attempt"])):
+        before = Path(folder) / folder_of(a["planned"], attempt)
+        if can_resume(before):
+            for name in ("metrics.jsonl", "config.yaml"): shutil.copy(before / name, where / name)
+            for checkpoint in checkpoint_folders(before): os.replace(checkpoint, where / checkpoint.name)
+            return True
+        if checkpoint_folders(before): warnings.warn(f"{before} holds no whole checkpoint; {where} starts anew")
+    return False
 
 def _judge(where, metric, values, status, why) -> tuple[str, str | None]: # state, reason
     "How a trial ended"
