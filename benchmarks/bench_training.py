@@ -30,7 +30,8 @@ def logps_and_gradients():
     "One group: forward and backward over the trie and over full rows, in turns"
     from bgrpo_nb.algebra.problems import generate_problems
     from bgrpo_nb.policy.model import encode, load_tokenizer
-    from bgrpo_nb.learn.trl_batching import roll_out, trie_logps
+    from bgrpo_nb.learn.trie import trie_logps
+    from bgrpo_nb.learn.trl_batching import roll_out
     found, tokenizer = {}, load_tokenizer("single")
     for name, position in (("llama", "rotary"), ("gpt2", "learned")):
         model = build(position)

@@ -59,12 +59,18 @@ Folders and modules, from the ground up:
   completions, the same loss.
 - `learn.finite`: A training stops at the first loss, gradient or weight that is not finite; the last good
   checkpoint stays.
+- `learn.group_rewards`: What depends on all completions of a prompt: right answers, bonus, balance, baselines, and
+  metrics by rank.
+- `learn.ranking`: Hits, NDCG and penalties by rank, as rewards and as metrics, where each prompt has a target and
+  the beams are a list.
 - `learn.rewards`: What a right answer is worth at each beam rank, and how the rewards of a group become
   advantages.
 - `learn.trainer`: TRL's `GRPOTrainer` with the ranked beams of a search as its group: any model, any task with a
   verifier.
-- `learn.trl_batching`: From rows that repeat a prompt to one beam search per prompt; from full rows back to one
-  forward over their trie.
+- `learn.trie`: The completions of a group are a trie; each distinct beginning is forwarded once, with the
+  log-probabilities of all.
+- `learn.trl_batching`: From rows that repeat a prompt to one beam search per prompt, whichever process the rows
+  are on.
 
 `bgrpo_nb.solve`: Policies meet polynomials: search, verify, filter, evaluate, decompose.
 - `solve.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to
@@ -83,6 +89,15 @@ Folders and modules, from the ground up:
   process loses one batch at most.
 - `solve.test_sets`: Many policies on many files: each measured, beside the exact algorithm and the authors'
   figures, and written down.
+
+`bgrpo_nb.recommend`: Policies recommend: items as semantic IDs, histories as prompts, beams as ranked lists; no
+polynomials.
+- `recommend.catalogue`: Items as short sequences of words, histories as prompts: what a recommender needs to be a
+  language model.
+- `recommend.latent_factors`: Catalogues and histories whose probabilities are known, so that a recommender can be
+  compared with the best there is.
+- `recommend.recommender`: A small policy over semantic IDs: supervised on histories, ready for BGRPO, and measured
+  by its lists.
 
 `bgrpo_nb.recipes`: The training runs that commands start.
 - `recipes.callbacks`: What a training does besides its steps: it logs, draws, shows progress, and stops cleanly at

@@ -5,12 +5,15 @@ from .algebra.exact_decomposition import decompose_exact
 from .algebra.problems import (
     Problem, filter_by_degree, generate_multivariate, generate_on_singlets, generate_problems, mix, read_problems,
     write_problems)
+from .search.allowed_sequences import AllowedSequences
 from .search.generation import Beams, beam_search, greedy, sample
 from .policy.checkpoints import convert_checkpoint
 from .policy.loading import load_model, save_model
 from .policy.model import PRESETS, load_tokenizer
 from .learn.rewards import VerifiedReward
-from .learn.trl_batching import roll_out, trie_logps
+from .learn.ranking import TargetReward
+from .learn.trie import trie_logps
+from .learn.trl_batching import roll_out
 from .learn.config import BGRPOConfig
 from .learn.trainer import BGRPOTrainer
 from .solve.beam_filter import filter_by_beams, search_problems
@@ -20,10 +23,11 @@ from .solve.evaluation import Report, compare, evaluate
 from .recipes.train import TrainConfig, train_bgrpo
 
 __all__ = [
-    "BGRPOConfig", "BGRPOTrainer", "Beams", "Decomposition", "PRESETS", "PrefixError", "Problem", "Report",
-    "TrainConfig", "Verdict", "VerifiedReward", "beam_search", "canonical_inner", "compare", "convert_checkpoint",
-    "decompose", "decompose_exact", "decomposition_reward", "evaluate", "filter_by_beams", "filter_by_degree",
-    "generate_multivariate", "generate_on_singlets", "generate_problems", "greedy", "load_model", "load_tokenizer",
-    "mix", "read_problems", "roll_out", "same_inner", "sample", "save_model", "search_problems", "train_bgrpo",
-    "trie_logps", "verify", "verify_batch", "write_problems",
+    "AllowedSequences", "BGRPOConfig", "BGRPOTrainer", "Beams", "Decomposition", "PRESETS", "PrefixError",
+    "Problem", "Report", "TargetReward", "TrainConfig", "Verdict", "VerifiedReward", "beam_search",
+    "canonical_inner", "compare", "convert_checkpoint", "decompose", "decompose_exact", "decomposition_reward",
+    "evaluate", "filter_by_beams", "filter_by_degree", "generate_multivariate", "generate_on_singlets",
+    "generate_problems", "greedy", "load_model", "load_tokenizer", "mix", "read_problems", "roll_out", "same_inner",
+    "sample", "save_model", "search_problems", "train_bgrpo", "trie_logps", "verify", "verify_batch",
+    "write_problems",
 ]

@@ -332,18 +332,30 @@ d = {
   'bgrpo_nb.learn.arguments': {
    'bgrpo_nb.learn.arguments._check_columns':
     ('arguments.html#_check_columns', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments._check_images':
+    ('arguments.html#_check_images', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments._check_limits':
+    ('arguments.html#_check_limits', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments._check_size':
+    ('arguments.html#_check_size', 'bgrpo_nb/learn/arguments.py'),
    'bgrpo_nb.learn.arguments._columns':
     ('arguments.html#_columns', 'bgrpo_nb/learn/arguments.py'),
    'bgrpo_nb.learn.arguments._is_short':
     ('arguments.html#_is_short', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments._longest':
+    ('arguments.html#_longest', 'bgrpo_nb/learn/arguments.py'),
    'bgrpo_nb.learn.arguments.arguments_by_name':
     ('arguments.html#arguments_by_name', 'bgrpo_nb/learn/arguments.py'),
    'bgrpo_nb.learn.arguments.check_arguments':
     ('arguments.html#check_arguments', 'bgrpo_nb/learn/arguments.py'),
    'bgrpo_nb.learn.arguments.check_checkpointing':
     ('arguments.html#check_checkpointing', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.check_constraint':
+    ('arguments.html#check_constraint', 'bgrpo_nb/learn/arguments.py'),
    'bgrpo_nb.learn.arguments.check_evaluator':
     ('arguments.html#check_evaluator', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.check_found':
+    ('arguments.html#check_found', 'bgrpo_nb/learn/arguments.py'),
    'bgrpo_nb.learn.arguments.check_reference':
     ('arguments.html#check_reference', 'bgrpo_nb/learn/arguments.py'),
    'bgrpo_nb.learn.arguments.check_rollout':
@@ -360,6 +372,8 @@ d = {
     ('arguments.html#numbered', 'bgrpo_nb/learn/arguments.py'),
    'bgrpo_nb.learn.arguments.rewards_with_setting':
     ('arguments.html#rewards_with_setting', 'bgrpo_nb/learn/arguments.py'),
+   'bgrpo_nb.learn.arguments.steady':
+    ('arguments.html#steady', 'bgrpo_nb/learn/arguments.py'),
   },
   'bgrpo_nb.learn.config': {
    'bgrpo_nb.learn.config.BGRPOConfig':
@@ -418,6 +432,8 @@ d = {
     ('exact_resume.html#resumablegrpotrainer._save_reference', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._save_rng_state':
     ('exact_resume.html#resumablegrpotrainer._save_rng_state', 'bgrpo_nb/learn/exact_resume.py'),
+   'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer.identity':
+    ('exact_resume.html#resumablegrpotrainer.identity', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer.train':
     ('exact_resume.html#resumablegrpotrainer.train', 'bgrpo_nb/learn/exact_resume.py'),
   },
@@ -447,6 +463,72 @@ d = {
    'bgrpo_nb.learn.finite._largest':
     ('finite.html#_largest', 'bgrpo_nb/learn/finite.py'),
   },
+  'bgrpo_nb.learn.group_rewards': {
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer':
+    ('group_rewards.html#grouprewardstrainer', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer.__init__':
+    ('group_rewards.html#grouprewardstrainer.__init__', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._calculate_rewards':
+    ('group_rewards.html#grouprewardstrainer._calculate_rewards', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._generate_and_score_completions':
+    ('group_rewards.html#grouprewardstrainer._generate_and_score_completions', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._group_size':
+    ('group_rewards.html#grouprewardstrainer._group_size', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._in_groups':
+    ('group_rewards.html#grouprewardstrainer._in_groups', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._log_completion_extra':
+    ('group_rewards.html#grouprewardstrainer._log_completion_extra', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._log_groups':
+    ('group_rewards.html#grouprewardstrainer._log_groups', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._log_metric':
+    ('group_rewards.html#grouprewardstrainer._log_metric', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._num_beams':
+    ('group_rewards.html#grouprewardstrainer._num_beams', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._of_groups':
+    ('group_rewards.html#grouprewardstrainer._of_groups', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._only_filled':
+    ('group_rewards.html#grouprewardstrainer._only_filled', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._right_answers':
+    ('group_rewards.html#grouprewardstrainer._right_answers', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._warn_once':
+    ('group_rewards.html#grouprewardstrainer._warn_once', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards._against_the_others':
+    ('group_rewards.html#_against_the_others', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards._bonus':
+    ('group_rewards.html#_bonus', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards._by_group':
+    ('group_rewards.html#_by_group', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards._comparable':
+    ('group_rewards.html#_comparable', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards._of_filled':
+    ('group_rewards.html#_of_filled', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards._spread':
+    ('group_rewards.html#_spread', 'bgrpo_nb/learn/group_rewards.py'),
+  },
+  'bgrpo_nb.learn.ranking': {
+   'bgrpo_nb.learn.ranking.TargetReward':
+    ('ranking.html#targetreward', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking.TargetReward.__call__':
+    ('ranking.html#targetreward.__call__', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking.TargetReward.__init__':
+    ('ranking.html#targetreward.__init__', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking.TargetReward.__name__':
+    ('ranking.html#targetreward.__name__', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking.TargetReward._equal':
+    ('ranking.html#targetreward._equal', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking.TargetReward.verdicts':
+    ('ranking.html#targetreward.verdicts', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking._check_k':
+    ('ranking.html#_check_k', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking._ranks':
+    ('ranking.html#_ranks', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking.hit_rate':
+    ('ranking.html#hit_rate', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking.ndcg':
+    ('ranking.html#ndcg', 'bgrpo_nb/learn/ranking.py'),
+   'bgrpo_nb.learn.ranking.outside':
+    ('ranking.html#outside', 'bgrpo_nb/learn/ranking.py'),
+  },
   'bgrpo_nb.learn.rewards': {
    'bgrpo_nb.learn.rewards.VerifiedReward':
     ('rewards.html#verifiedreward', 'bgrpo_nb/learn/rewards.py'),
@@ -458,6 +540,8 @@ d = {
     ('rewards.html#verifiedreward.__name__', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.VerifiedReward._log':
     ('rewards.html#verifiedreward._log', 'bgrpo_nb/learn/rewards.py'),
+   'bgrpo_nb.learn.rewards.VerifiedReward.verdicts':
+    ('rewards.html#verifiedreward.verdicts', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards._advantages_of_group':
     ('rewards.html#_advantages_of_group', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.advantages_of':
@@ -476,6 +560,8 @@ d = {
     ('rewards.html#leave_one_out', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.minimum_risk':
     ('rewards.html#minimum_risk', 'bgrpo_nb/learn/rewards.py'),
+   'bgrpo_nb.learn.rewards.rank_penalty':
+    ('rewards.html#rank_penalty', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.rewards_of':
     ('rewards.html#rewards_of', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.right_only':
@@ -486,48 +572,40 @@ d = {
     ('trainer.html#bgrpotrainer', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.__init__':
     ('trainer.html#bgrpotrainer.__init__', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._calculate_rewards':
-    ('trainer.html#bgrpotrainer._calculate_rewards', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._can_share':
     ('trainer.html#bgrpotrainer._can_share', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._check_prompts':
     ('trainer.html#bgrpotrainer._check_prompts', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._generate_and_score_completions':
-    ('trainer.html#bgrpotrainer._generate_and_score_completions', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._compute_loss':
+    ('trainer.html#bgrpotrainer._compute_loss', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._first_prompt':
+    ('trainer.html#bgrpotrainer._first_prompt', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._generate':
+    ('trainer.html#bgrpotrainer._generate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._get_per_token_logps_and_entropies':
     ('trainer.html#bgrpotrainer._get_per_token_logps_and_entropies', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._group_size':
-    ('trainer.html#bgrpotrainer._group_size', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._hand_back_memory':
     ('trainer.html#bgrpotrainer._hand_back_memory', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._log_completion_extra':
-    ('trainer.html#bgrpotrainer._log_completion_extra', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._log_groups':
-    ('trainer.html#bgrpotrainer._log_groups', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._log_metric':
-    ('trainer.html#bgrpotrainer._log_metric', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._mask_of_empty':
+    ('trainer.html#bgrpotrainer._mask_of_empty', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._obey':
+    ('trainer.html#bgrpotrainer._obey', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._prepare_inputs':
     ('trainer.html#bgrpotrainer._prepare_inputs', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._right_answers':
-    ('trainer.html#bgrpotrainer._right_answers', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._renormalizing':
+    ('trainer.html#bgrpotrainer._renormalizing', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._roll_out':
     ('trainer.html#bgrpotrainer._roll_out', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._warn_once':
-    ('trainer.html#bgrpotrainer._warn_once', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.evaluate':
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._against_the_others':
-    ('trainer.html#_against_the_others', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._balanced':
-    ('trainer.html#_balanced', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._bonus':
-    ('trainer.html#_bonus', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer.identity':
+    ('trainer.html#bgrpotrainer.identity', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_loaded':
     ('trainer.html#_check_loaded', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer._comparable':
-    ('trainer.html#_comparable', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._dropout_off':
     ('trainer.html#_dropout_off', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._fingerprint':
+    ('trainer.html#_fingerprint', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._is_rate':
     ('trainer.html#_is_rate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._rates_read_from_config':
@@ -537,47 +615,65 @@ d = {
    'bgrpo_nb.learn.trainer.whole_model':
     ('trainer.html#whole_model', 'bgrpo_nb/learn/trainer.py'),
   },
+  'bgrpo_nb.learn.trie': {
+   'bgrpo_nb.learn.trie.Trie':
+    ('trie.html#trie', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._Group':
+    ('trie.html#_group', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._allowed':
+    ('trie.html#_allowed', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._ancestors':
+    ('trie.html#_ancestors', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._at_nodes':
+    ('trie.html#_at_nodes', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._at_rows':
+    ('trie.html#_at_rows', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._checkpoint_under_tree_attention':
+    ('trie.html#_checkpoint_under_tree_attention', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._chunks':
+    ('trie.html#_chunks', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._elements':
+    ('trie.html#_elements', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._merge':
+    ('trie.html#_merge', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._node_logits':
+    ('trie.html#_node_logits', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._pack':
+    ('trie.html#_pack', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._predicted_at':
+    ('trie.html#_predicted_at', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._rows_of':
+    ('trie.html#_rows_of', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._size':
+    ('trie.html#_size', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._sums':
+    ('trie.html#_sums', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._tree_attention_kept':
+    ('trie.html#_tree_attention_kept', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._widths':
+    ('trie.html#_widths', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie.build_trie':
+    ('trie.html#build_trie', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie.row_logps':
+    ('trie.html#row_logps', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie.trie_logps':
+    ('trie.html#trie_logps', 'bgrpo_nb/learn/trie.py'),
+  },
   'bgrpo_nb.learn.trl_batching': {
    'bgrpo_nb.learn.trl_batching.Completion':
     ('trl_batching.html#completion', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching.Trie':
-    ('trl_batching.html#trie', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._Group':
-    ('trl_batching.html#_group', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._ancestors':
-    ('trl_batching.html#_ancestors', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._beside':
     ('trl_batching.html#_beside', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._checkpoint_under_tree_attention':
-    ('trl_batching.html#_checkpoint_under_tree_attention', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._chunks':
-    ('trl_batching.html#_chunks', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._elements':
-    ('trl_batching.html#_elements', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._fill_groups':
     ('trl_batching.html#_fill_groups', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._left_padded':
     ('trl_batching.html#_left_padded', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching._members':
     ('trl_batching.html#_members', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._merge':
-    ('trl_batching.html#_merge', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._node_logits':
-    ('trl_batching.html#_node_logits', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._pack':
-    ('trl_batching.html#_pack', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._predicted_at':
-    ('trl_batching.html#_predicted_at', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._size':
-    ('trl_batching.html#_size', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._tree_attention_kept':
-    ('trl_batching.html#_tree_attention_kept', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching._widths':
-    ('trl_batching.html#_widths', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching.build_trie':
-    ('trl_batching.html#build_trie', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching.check_groups':
     ('trl_batching.html#check_groups', 'bgrpo_nb/learn/trl_batching.py'),
+   'bgrpo_nb.learn.trl_batching.constraint_of':
+    ('trl_batching.html#constraint_of', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching.group_order':
     ('trl_batching.html#group_order', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching.positions_from_mask':
@@ -586,8 +682,6 @@ d = {
     ('trl_batching.html#roll_out', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching.share_groups':
     ('trl_batching.html#share_groups', 'bgrpo_nb/learn/trl_batching.py'),
-   'bgrpo_nb.learn.trl_batching.trie_logps':
-    ('trl_batching.html#trie_logps', 'bgrpo_nb/learn/trl_batching.py'),
   },
   'bgrpo_nb.policy.checkpoints': {
    'bgrpo_nb.policy.checkpoints._check_heads':
@@ -869,6 +963,92 @@ d = {
    'bgrpo_nb.recipes.train.train_bgrpo':
     ('train.html#train_bgrpo', 'bgrpo_nb/recipes/train.py'),
   },
+  'bgrpo_nb.recommend.catalogue': {
+   'bgrpo_nb.recommend.catalogue.Catalogue':
+    ('catalogue.html#catalogue', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.Catalogue.__init__':
+    ('catalogue.html#catalogue.__init__', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.Catalogue.__len__':
+    ('catalogue.html#catalogue.__len__', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.Catalogue.__repr__':
+    ('catalogue.html#catalogue.__repr__', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.Catalogue.length':
+    ('catalogue.html#catalogue.length', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.History':
+    ('catalogue.html#history', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue._check_ids':
+    ('catalogue.html#_check_ids', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue._columns':
+    ('catalogue.html#_columns', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue._item':
+    ('catalogue.html#_item', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue._tokenizer':
+    ('catalogue.html#_tokenizer', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.constraint_of':
+    ('catalogue.html#constraint_of', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.prompt_batch':
+    ('catalogue.html#prompt_batch', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.prompt_of':
+    ('catalogue.html#prompt_of', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.read_catalogue':
+    ('catalogue.html#read_catalogue', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.read_histories':
+    ('catalogue.html#read_histories', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.sequences_of':
+    ('catalogue.html#sequences_of', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.without':
+    ('catalogue.html#without', 'bgrpo_nb/recommend/catalogue.py'),
+  },
+  'bgrpo_nb.recommend.latent_factors': {
+   'bgrpo_nb.recommend.latent_factors.LatentWorld':
+    ('latent_factors.html#latentworld', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.LatentWorld.__init__':
+    ('latent_factors.html#latentworld.__init__', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.LatentWorld.probabilities':
+    ('latent_factors.html#latentworld.probabilities', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.LatentWorld.taste':
+    ('latent_factors.html#latentworld.taste', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.best_ndcg':
+    ('latent_factors.html#best_ndcg', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.draw_histories':
+    ('latent_factors.html#draw_histories', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.draw_user':
+    ('latent_factors.html#draw_user', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.id_probabilities':
+    ('latent_factors.html#id_probabilities', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.semantic_ids':
+    ('latent_factors.html#semantic_ids', 'bgrpo_nb/recommend/latent_factors.py'),
+  },
+  'bgrpo_nb.recommend.recommender': {
+   'bgrpo_nb.recommend.recommender.SharedWordsReward':
+    ('recommender.html#sharedwordsreward', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.SharedWordsReward.__call__':
+    ('recommender.html#sharedwordsreward.__call__', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.SharedWordsReward.__init__':
+    ('recommender.html#sharedwordsreward.__init__', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender._shared':
+    ('recommender.html#_shared', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.as_dataset':
+    ('recommender.html#as_dataset', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.gains':
+    ('recommender.html#gains', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.learn_sequences':
+    ('recommender.html#learn_sequences', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.measure_lists':
+    ('recommender.html#measure_lists', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.new_recommender':
+    ('recommender.html#new_recommender', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.next_item_loss':
+    ('recommender.html#next_item_loss', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.paired_interval':
+    ('recommender.html#paired_interval', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.recommend':
+    ('recommender.html#recommend', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.target_ranks':
+    ('recommender.html#target_ranks', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.training_batches':
+    ('recommender.html#training_batches', 'bgrpo_nb/recommend/recommender.py'),
+  },
   'bgrpo_nb.search.allowed_sequences': {
    'bgrpo_nb.search.allowed_sequences.AllowedSequences':
     ('allowed_sequences.html#allowedsequences', 'bgrpo_nb/search/allowed_sequences.py'),
@@ -1048,18 +1228,20 @@ d = {
     ('constraints.html#constraint', 'bgrpo_nb/search/constraints.py'),
    'bgrpo_nb.search.constraints.Constraint.__call__':
     ('constraints.html#constraint.__call__', 'bgrpo_nb/search/constraints.py'),
-   'bgrpo_nb.search.constraints.Constraint._refuse_others':
-    ('constraints.html#constraint._refuse_others', 'bgrpo_nb/search/constraints.py'),
    'bgrpo_nb.search.constraints.Constraint.advance':
     ('constraints.html#constraint.advance', 'bgrpo_nb/search/constraints.py'),
    'bgrpo_nb.search.constraints.Constraint.after':
     ('constraints.html#constraint.after', 'bgrpo_nb/search/constraints.py'),
    'bgrpo_nb.search.constraints.Constraint.allowed':
     ('constraints.html#constraint.allowed', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.check_allowed':
+    ('constraints.html#constraint.check_allowed', 'bgrpo_nb/search/constraints.py'),
    'bgrpo_nb.search.constraints.Constraint.choices':
     ('constraints.html#constraint.choices', 'bgrpo_nb/search/constraints.py'),
    'bgrpo_nb.search.constraints.Constraint.complete':
     ('constraints.html#constraint.complete', 'bgrpo_nb/search/constraints.py'),
+   'bgrpo_nb.search.constraints.Constraint.fits':
+    ('constraints.html#constraint.fits', 'bgrpo_nb/search/constraints.py'),
    'bgrpo_nb.search.constraints.Constraint.fitted':
     ('constraints.html#constraint.fitted', 'bgrpo_nb/search/constraints.py'),
    'bgrpo_nb.search.constraints.Constraint.inner_ends':

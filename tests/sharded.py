@@ -7,7 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from bgrpo_nb.policy.model import load_model
-from bgrpo_nb.learn.trl_batching import roll_out, share_groups, trie_logps
+from bgrpo_nb.learn.trie import trie_logps
+from bgrpo_nb.learn.trl_batching import roll_out, share_groups
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

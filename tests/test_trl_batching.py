@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from bgrpo_nb.learn import trl_batching
-from bgrpo_nb.learn.trl_batching import build_trie, group_order, share_groups, trie_logps
+from bgrpo_nb.learn.trie import build_trie, trie_logps
+from bgrpo_nb.learn.trl_batching import group_order, share_groups
 
 common = dict(vocab_size=13, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.5)
 llama_like = common | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -79,7 +80,7 @@ def test_a_trie_spells_its_rows_and_holds_each_beginning_once(rows):
 MEMORY = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from bgrpo_nb.learn.trl_batching import trie_logps, _elements, _merge
+from bgrpo_nb.learn.trie import trie_logps, _elements, _merge
 K, P, C, B = 64, 1000, 40, 4
 torch.set_num_threads(1)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=31, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -149,7 +150,7 @@ def test_trl_still_has_what_the_trainer_builds_on():
     wanted = dict(
         _get_per_token_logps_and_entropies="model input_ids attention_mask logits_to_keep batch_size compute_entropy "
                                            "compute_aux_loss",
-        _prepare_inputs="generation_batch",
+        _prepare_inputs="generation_batch", _generate="prompts", _compute_loss="model inputs",
         _calculate_rewards="inputs prompts completions completion_ids_list",
         _generate_and_score_completions="inputs",
         _tokenize_prompts="prompts",

@@ -2,9 +2,11 @@
 
 - `rewards`: verdicts and beam ranks to rewards, rewards to advantages (`VerifiedReward`, `rewards_of`, `advantages_of`,
   `balance_rewards`, `first_of_each`; no torch)
-- `trl_batching`: groups in TRL's rows, and their log-probabilities over a trie (`roll_out`, `share_groups`,
-  `trie_logps`, `group_order`)
+- `ranking`: lists with one right answer (`TargetReward`, `hit_rate`, `ndcg`)
+- `trl_batching`: groups in TRL's rows (`roll_out`, `share_groups`, `group_order`)
+- `trie`: log-probabilities of a group, each distinct beginning forwarded once (`trie_logps`)
 - `finite`: a training that stops before a NaN reaches weights or checkpoints (`FiniteTrainer`, `NotFinite`)
 - `exact_resume`: a GRPO training that continues exactly after an interruption (`ResumableGRPOTrainer`)
+- `group_rewards`: what depends on all completions of a prompt (`GroupRewardsTrainer`)
 - `trainer`: GRPO whose group is the beams of a search (`BGRPOConfig`, `BGRPOTrainer`)
 """

@@ -33,7 +33,7 @@ from trl import GRPOConfig
 # %% ../../nbs/08b_config.ipynb #fe592907
 from ..base.run_folder import lower_is_better
 from ..base.settings import setting
-from .rewards import BASELINES, REWARDS, check_choice
+from .rewards import BASELINES, GROUP_REWARDS, REWARDS, check_choice
 from .trl_batching import ROLLOUTS
 from ..search.generation_settings import faults_of
 
@@ -55,7 +55,7 @@ class BGRPOConfig(GRPOConfig):
     "Settings of BGRPO; the fields of GRPOConfig are fields here too"
     output_dir: str = setting("runs/bgrpo", "the run folder")
     rollout: str = setting("beam", "where a group comes from: beam (BGRPO), sample (GRPO) or mixed (half of each)")
-    reward: str = setting("rank", "what a right beam is worth: rank, simple or reverse_rank")
+    reward: str = setting("rank", "what an answer is worth: rank, simple, reverse_rank, hit, ndcg or rank_penalty")
     balance_rewards: bool = setting(
         False, "scale negative rewards so that a group with right and wrong answers sums to zero")
     baseline: str = setting(
@@ -189,7 +189,7 @@ def _faults_of_contract(c):
 # %% ../../nbs/08b_config.ipynb #312866ea
 def _faults(c: BGRPOConfig) -> Iterator[str]:
     "A message for each setting that cannot work"
-    for name, known in (("rollout", ROLLOUTS), ("reward", REWARDS), ("baseline", BASELINES)):
+    for name, known in (("rollout", ROLLOUTS), ("reward", (*REWARDS, *GROUP_REWARDS)), ("baseline", BASELINES)):
         check_choice(name, getattr(c, name), known)
     yield from _faults_of_sizes(c)
     yield from _faults_of_groups(c)

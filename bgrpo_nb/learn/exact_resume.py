@@ -75,6 +75,12 @@ class ResumableGRPOTrainer(FiniteTrainer, GRPOTrainer):
             raise ValueError("sync_ref_model=True moves a reference that is sharded here and cannot be saved; leave it "
                              "off, or set save_strategy='no'")
 
+    identified_by = "trainer"    # what `identity` names, in words
+
+    def identity(self) -> str:
+        "What a checkpoint and the trainer that continues it must agree in, besides the settings"
+        return ""
+
     def _get_train_sampler(self, dataset=None):
         "TRL's, at the epoch of the trainer's state"
         stock = super()._get_train_sampler(dataset)
@@ -111,7 +117,8 @@ def _save_rng_state(self: ResumableGRPOTrainer, output_dir):
                    buffer=None if batch_is_used_up else self._buffered_inputs,
                    metrics=dict(self._metrics["train"]),
                    loss=self._tr_loss,
-                   logged=self._globalstep_last_logged)
+                   logged=self._globalstep_last_logged,
+                   identity=self.identity())
     torch.save(pending, self._pending(output_dir))
     self._save_reference(output_dir)
     self.accelerator.wait_for_everyone()
@@ -131,6 +138,9 @@ def _load_rng_state(self: ResumableGRPOTrainer, checkpoint):
         return
     on_cpu = self.args.device.type == "cpu"     # one process of several calls its CPU cpu:0
     pending = torch.load(file, map_location="cpu" if on_cpu else self.args.device, weights_only=True)
+    if pending.get("identity", self.identity()) != self.identity():
+        raise ValueError(f"{checkpoint} was written with another {self.identified_by}; continue with the same, or "
+                         "start a new run from its weights")
     self._step, self._buffered_inputs = pending["step"], pending["buffer"]
     self._tr_loss, self._globalstep_last_logged = pending["loss"], pending["logged"]
     self._metrics["train"].update(pending["metrics"])
