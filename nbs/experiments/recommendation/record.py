@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 python nbs/experiments/recommendation/record.py                  # every seed and arm that is missing
     OMP_NUM_THREADS=1 python nbs/experiments/recommendation/record.py --seeds 0 2 4    # in two processes: the others beside it
-    python nbs/experiments/recommendation/record.py --choose                           # the settings, on rows of valid.tsv alone
 
 Data: `recommendation/` in the folder that BGRPO_SHARED names. Policies and ranks are kept in runs/recommendation, so a run that was stopped
 continues with the arm it was at. record.json is written anew after each arm, from all that are there."""
 import argparse
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -31,13 +31,13 @@ HERE = Path(__file__).parent
 DATA = Path(os.environ.get("BGRPO_SHARED", HERE / "../../../../shared")) / "data/recommendation"
 RUNS = Path("runs/recommendation")
 
-SUPERVISED = dict(steps=800, batch_size=64, learning_rate=2e-3, weight_decay=0.05, item_dropout=0.2)
+SUPERVISED = dict(steps=1600, batch_size=64, learning_rate=2e-3, weight_decay=0.05, item_dropout=0.2)
 MORE = dict(batch_size=64, learning_rate=3e-4, weight_decay=0.05, item_dropout=0.2)  # supervised again; how many steps is the arm's
 REINFORCED = dict(num_generations=16, prompts_per_step=64, max_steps=105, learning_rate=1e-4, warmup_steps=5)
-BEAMS = 50                                                                            # of every list that is measured
+BEAMS = 20                                                                            # of every list that is measured
 REINFORCED_ARMS = {"bgrpo": dict(rollout="beam", constrained=True), "grpo": dict(rollout="sample", constrained=True),
                    "bgrpo_free": dict(rollout="beam", constrained=False), "grpo_free": dict(rollout="sample", constrained=False)}
-ARMS = ["supervised", "bgrpo", "grpo", "supervised_equal_tokens", "supervised_equal_time", "bgrpo_free", "grpo_free"]
+ARMS = ["supervised", "bgrpo", "grpo", "supervised_equal_tokens", "supervised_equal_time", "bgrpo_free", "grpo_free", "supervised_longer"]
 
 
 def reinforce(model, catalogue, rows, seed, rollout, constrained, **settings):
@@ -60,20 +60,24 @@ def steps_of_equal_tokens(rows):
     return round(REINFORCED["max_steps"] * tokens_of(rows, REINFORCED["num_generations"]) / tokens_of(rows, 1))
 
 
+def steps_of_equal_time(folder, supervised):
+    "Supervised steps that take as long as this seed's BGRPO, by the pace of a supervised arm"
+    done, other = (json.loads((folder / f"{name}.json").read_text()) for name in ("bgrpo", supervised))
+    return math.ceil(other["config"]["steps"] * done["cpu_seconds"] / other["cpu_seconds"])
+
+
 def trained(arm, seed, catalogue, rows, folder): # model, what is to be recorded
     "The policy of an arm"
-    if arm == "supervised":
-        model = new_recommender(catalogue, seed)
-        return model, dict(loss=learn_sequences(model, catalogue, sequences_of(rows), seed=seed, **SUPERVISED), config=SUPERVISED)
+    if arm in ("supervised", "supervised_longer"):
+        model, config = new_recommender(catalogue, seed), dict(SUPERVISED)
+        if arm == "supervised_longer": config["steps"] += steps_of_equal_time(folder, "supervised")
+        return model, dict(loss=learn_sequences(model, catalogue, sequences_of(rows), seed=seed, **config), config=config)
     model = load_model(folder / "supervised", device="cpu")
     if arm in REINFORCED_ARMS:
         model, history = reinforce(model, catalogue, rows, seed, **REINFORCED_ARMS[arm])
         return model, dict(config=REINFORCED | REINFORCED_ARMS[arm], history=history)
     shown = [(*row.items, row.next_item) for row in rows]                     # the rows that reinforcement sees
-    steps = steps_of_equal_tokens(rows)
-    if arm == "supervised_equal_time":
-        done, other = (json.loads((folder / f"{name}.json").read_text()) for name in ("bgrpo", "supervised_equal_tokens"))
-        steps = math.ceil(other["config"]["steps"] * done["cpu_seconds"] / other["cpu_seconds"])
+    steps = steps_of_equal_tokens(rows) if arm == "supervised_equal_tokens" else steps_of_equal_time(folder, "supervised_equal_tokens")
     config = MORE | dict(steps=steps)
     return model, dict(loss=learn_sequences(model, catalogue, shown, seed=seed + 100, **config), config=config)
 
@@ -91,7 +95,7 @@ def run(arm, seed, catalogue, rows, test, folder):
     np.save(folder / f"{arm}.npy", np.array([-1 if r is None else r for r in ranks]))
     metrics = measure_lists(catalogue, test, lists)
     unheld = sum(words is None for row in free for words in row) / sum(map(len, free))
-    write_json(folder / f"{arm}.json", dict(arm=arm, seed=seed, **about, metrics=metrics, invalid_without_constraint=unheld, **provenance(seed)))
+    write_json(folder / f"{arm}.json", dict(arm=arm, **about, metrics=metrics, invalid_without_constraint=unheld, **provenance(seed)))
     print(seed, arm, about["seconds"], {k: round(x, 4) for k, x in metrics.items()}, flush=True)
 
 
@@ -139,8 +143,7 @@ if __name__ == "__main__":
     a = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     catalogue, rows, test = data()
-    for seed in a.seeds:
-        (folder := RUNS / str(seed)).mkdir(parents=True, exist_ok=True)
-        for arm in a.arms:
-            if not (folder / f"{arm}.json").exists(): run(arm, seed, catalogue, rows, test, folder)
-            collect()
+    for seed, arm in sorted(itertools.product(a.seeds, a.arms), key=lambda pair: (ARMS.index(pair[1]) > 4, pair[0])):
+        (folder := RUNS / str(seed)).mkdir(parents=True, exist_ok=True)       # the first five arms of all seeds, then the others
+        if not (folder / f"{arm}.json").exists(): run(arm, seed, catalogue, rows, test, folder)
+        collect()
