@@ -1014,6 +1014,8 @@ d = {
     ('latent_factors.html#draw_histories', 'bgrpo_nb/recommend/latent_factors.py'),
    'bgrpo_nb.recommend.latent_factors.draw_user':
     ('latent_factors.html#draw_user', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.expected_ndcg':
+    ('latent_factors.html#expected_ndcg', 'bgrpo_nb/recommend/latent_factors.py'),
    'bgrpo_nb.recommend.latent_factors.id_probabilities':
     ('latent_factors.html#id_probabilities', 'bgrpo_nb/recommend/latent_factors.py'),
    'bgrpo_nb.recommend.latent_factors.semantic_ids':

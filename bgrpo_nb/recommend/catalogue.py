@@ -46,7 +46,6 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 # %% ../../nbs/14_catalogue.ipynb #c14a0005

@@ -31,13 +31,17 @@ HERE = Path(__file__).parent
 DATA = Path(os.environ.get("BGRPO_SHARED", HERE / "../../../../shared")) / "data/recommendation"
 RUNS = Path("runs/recommendation")
 
-SUPERVISED = dict(steps=1600, batch_size=64, learning_rate=2e-3, weight_decay=0.05, item_dropout=0.2)
+SUPERVISED = dict(steps=800, batch_size=64, learning_rate=2e-3, weight_decay=0.05, item_dropout=0.2)
+LONG = SUPERVISED | dict(steps=1600)                                                  # one schedule, twice as long: the other start
+STARTS = {"supervised": SUPERVISED, "supervised_long": LONG}
 MORE = dict(batch_size=64, learning_rate=3e-4, weight_decay=0.05, item_dropout=0.2)  # supervised again; how many steps is the arm's
 REINFORCED = dict(num_generations=16, prompts_per_step=64, max_steps=105, learning_rate=1e-4, warmup_steps=5)
 BEAMS = 20                                                                            # of every list that is measured
-REINFORCED_ARMS = {"bgrpo": dict(rollout="beam", constrained=True), "grpo": dict(rollout="sample", constrained=True),
-                   "bgrpo_free": dict(rollout="beam", constrained=False), "grpo_free": dict(rollout="sample", constrained=False)}
-ARMS = ["supervised", "bgrpo", "grpo", "supervised_equal_tokens", "supervised_equal_time", "bgrpo_free", "grpo_free", "supervised_longer"]
+BGRPO, GRPO = dict(rollout="beam", constrained=True), dict(rollout="sample", constrained=True)
+REINFORCED_ARMS = {"bgrpo": BGRPO, "grpo": GRPO, "bgrpo_free": BGRPO | dict(constrained=False), "grpo_free": GRPO | dict(constrained=False),
+                   "bgrpo_long": BGRPO, "grpo_long": GRPO}
+FIRST = ["supervised", "bgrpo", "grpo", "supervised_equal_tokens", "supervised_equal_time"]
+ARMS = [*FIRST, "bgrpo_free", "grpo_free", "supervised_long", "bgrpo_long", "grpo_long"]   # `long` begins with the long supervised training
 
 
 def reinforce(model, catalogue, rows, seed, rollout, constrained, **settings):
@@ -60,24 +64,23 @@ def steps_of_equal_tokens(rows):
     return round(REINFORCED["max_steps"] * tokens_of(rows, REINFORCED["num_generations"]) / tokens_of(rows, 1))
 
 
-def steps_of_equal_time(folder, supervised):
-    "Supervised steps that take as long as this seed's BGRPO, by the pace of a supervised arm"
-    done, other = (json.loads((folder / f"{name}.json").read_text()) for name in ("bgrpo", supervised))
+def steps_of_equal_time(folder):
+    "Supervised steps that take as long as this seed's BGRPO, by the pace of the arm of equal tokens"
+    done, other = (json.loads((folder / f"{name}.json").read_text()) for name in ("bgrpo", "supervised_equal_tokens"))
     return math.ceil(other["config"]["steps"] * done["cpu_seconds"] / other["cpu_seconds"])
 
 
 def trained(arm, seed, catalogue, rows, folder): # model, what is to be recorded
     "The policy of an arm"
-    if arm in ("supervised", "supervised_longer"):
-        model, config = new_recommender(catalogue, seed), dict(SUPERVISED)
-        if arm == "supervised_longer": config["steps"] += steps_of_equal_time(folder, "supervised")
-        return model, dict(loss=learn_sequences(model, catalogue, sequences_of(rows), seed=seed, **config), config=config)
-    model = load_model(folder / "supervised", device="cpu")
+    if arm in STARTS:
+        model = new_recommender(catalogue, seed)
+        return model, dict(loss=learn_sequences(model, catalogue, sequences_of(rows), seed=seed, **STARTS[arm]), config=STARTS[arm])
+    model = load_model(folder / ("supervised_long" if arm.endswith("_long") else "supervised"), device="cpu")
     if arm in REINFORCED_ARMS:
         model, history = reinforce(model, catalogue, rows, seed, **REINFORCED_ARMS[arm])
         return model, dict(config=REINFORCED | REINFORCED_ARMS[arm], history=history)
     shown = [(*row.items, row.next_item) for row in rows]                     # the rows that reinforcement sees
-    steps = steps_of_equal_tokens(rows) if arm == "supervised_equal_tokens" else steps_of_equal_time(folder, "supervised_equal_tokens")
+    steps = steps_of_equal_tokens(rows) if arm == "supervised_equal_tokens" else steps_of_equal_time(folder)
     config = MORE | dict(steps=steps)
     return model, dict(loss=learn_sequences(model, catalogue, shown, seed=seed + 100, **config), config=config)
 
@@ -87,7 +90,7 @@ def run(arm, seed, catalogue, rows, test, folder):
     start, cpu = time.perf_counter(), time.process_time()
     model, about = trained(arm, seed, catalogue, rows, folder)
     about |= dict(seconds=round(time.perf_counter() - start, 1), cpu_seconds=round(time.process_time() - cpu, 1))
-    if arm == "supervised": save_model(model, catalogue.tokenizer, folder / "supervised")
+    if arm in STARTS: save_model(model, catalogue.tokenizer, folder / arm)
     histories = [row.items for row in test]
     lists = recommend(model, catalogue, histories, BEAMS, constraint_of(catalogue))
     free = recommend(model, catalogue, histories[:1000], 20)
@@ -118,9 +121,9 @@ def collect():
         fcntl.flock(lock, fcntl.LOCK_EX)
         runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*/*.json"))]
         found = {arm: sorted(run["seed"] for run in runs if run["arm"] == arm) for arm in ARMS}
-        pairs = [(a, b) for a in ("bgrpo", "grpo", "bgrpo_free") for b in ARMS if a != b]
+        pairs = [(a, b) for a in ("bgrpo", "grpo", "bgrpo_free", "bgrpo_long") for b in ARMS if a != b]
         differences = [compared(a, b, seeds) for a, b in pairs if (seeds := sorted(set(found[a]) & set(found[b])))]
-        config = dict(supervised=SUPERVISED, more=MORE, reinforced=REINFORCED, beams=BEAMS, invalid_over="20 beams of the first 1,000 rows")
+        config = dict(starts=STARTS, more=MORE, reinforced=REINFORCED, beams=BEAMS, invalid_over="20 beams of the first 1,000 rows")
         write_json(HERE / "record.json", dict(config=config, data=described(), differences=differences, runs=runs))
 
 
@@ -143,7 +146,7 @@ if __name__ == "__main__":
     a = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     catalogue, rows, test = data()
-    for seed, arm in sorted(itertools.product(a.seeds, a.arms), key=lambda pair: (ARMS.index(pair[1]) > 4, pair[0])):
+    for seed, arm in sorted(itertools.product(a.seeds, a.arms), key=lambda pair: (pair[1] not in FIRST, pair[0])):
         (folder := RUNS / str(seed)).mkdir(parents=True, exist_ok=True)       # the first five arms of all seeds, then the others
         if not (folder / f"{arm}.json").exists(): run(arm, seed, catalogue, rows, test, folder)
         collect()
