@@ -1022,12 +1022,20 @@ d = {
     ('latent_factors.html#semantic_ids', 'bgrpo_nb/recommend/latent_factors.py'),
   },
   'bgrpo_nb.recommend.recommender': {
+   'bgrpo_nb.recommend.recommender.ListwiseReward':
+    ('recommender.html#listwisereward', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.ListwiseReward.__call__':
+    ('recommender.html#listwisereward.__call__', 'bgrpo_nb/recommend/recommender.py'),
    'bgrpo_nb.recommend.recommender.SharedWordsReward':
     ('recommender.html#sharedwordsreward', 'bgrpo_nb/recommend/recommender.py'),
    'bgrpo_nb.recommend.recommender.SharedWordsReward.__call__':
     ('recommender.html#sharedwordsreward.__call__', 'bgrpo_nb/recommend/recommender.py'),
    'bgrpo_nb.recommend.recommender.SharedWordsReward.__init__':
     ('recommender.html#sharedwordsreward.__init__', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender._groups':
+    ('recommender.html#_groups', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender._is_list':
+    ('recommender.html#_is_list', 'bgrpo_nb/recommend/recommender.py'),
    'bgrpo_nb.recommend.recommender._shared':
     ('recommender.html#_shared', 'bgrpo_nb/recommend/recommender.py'),
    'bgrpo_nb.recommend.recommender.as_dataset':

@@ -12,7 +12,7 @@ from bgrpo_nb.recommend.catalogue import (
 from bgrpo_nb.recommend.latent_factors import (
     LatentWorld, best_ndcg, draw_histories, id_probabilities, semantic_ids)
 from bgrpo_nb.recommend.recommender import (
-    SharedWordsReward, gains, learn_sequences, measure_lists, new_recommender, next_item_loss, paired_interval,
+    ListwiseReward, SharedWordsReward, gains, learn_sequences, measure_lists, new_recommender, next_item_loss, paired_interval,
     recommend, target_ranks, training_batches)
 
 SHARED = Path(os.environ.get("BGRPO_SHARED", Path(__file__).parents[1] / "../shared")) / "data/recommendation"
@@ -200,3 +200,26 @@ def test_the_reward_counts_right_first_words():
     written = [right, *others, right[:2], [*right[:2], 0]]                    # the last two are no items
     rewards = SharedWordsReward(catalogue)([""] * 6, written, target=[right] * 6, log_metric=logged.__setitem__)
     assert rewards == [1.0, 0.1, 0.03, 0.0, 0.0, 0.0] and logged == {"invalid": 2 / 6}
+
+
+def test_a_policy_whose_beliefs_are_true_is_left_alone(catalogue):
+    "The mean over what comes next, weighted by the policy's own probabilities, is zero for every beam"
+    ids, scores = catalogue.token_ids[:4].tolist(), [-0.5, -1.3, -2.0, -4.1]
+    q = np.exp(scores) / np.exp(scores).sum()
+    mean = sum(p * np.array(ListwiseReward()([""] * 4, ids, [right] * 4, beam_rank=[0, 1, 2, 3], beam_score=scores))
+               for p, right in zip(q, ids))
+    assert mean == pytest.approx(np.zeros(4), abs=1e-12)
+
+
+def test_the_listwise_reward_is_the_gradient_of_the_log_probability_within_the_list(catalogue):
+    ids, scores = catalogue.token_ids[:3].tolist(), torch.tensor([-0.5, -1.3, -2.0], requires_grad=True)
+    scores.log_softmax(0)[1].backward()
+    rewards = ListwiseReward()([""] * 3, ids, [ids[1]] * 3, beam_rank=[0, 1, 2], beam_score=scores.tolist())
+    assert rewards == pytest.approx(scores.grad.tolist())
+
+
+@pytest.mark.parametrize("ranks", [None, [0, 0, 0, 0], [1, 2, 0, 1], [0, 1, 1, 2]])
+def test_a_listwise_reward_of_half_a_list_is_refused(catalogue, ranks):
+    ids = catalogue.token_ids[:4].tolist()
+    with pytest.raises(ValueError, match="whole list"):
+        ListwiseReward()([""] * 4, ids, [ids[0]] * 4, beam_rank=ranks, beam_score=[-1.0] * 4)
