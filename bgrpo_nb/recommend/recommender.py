@@ -244,8 +244,8 @@ def _groups(beam_rank, rows) -> list[slice]: # of one process; a group begins wi
     starts = [row for row in range(rows) if beam_rank and beam_rank[row] == 0]
     groups = [slice(a, b) for a, b in zip(starts, [*starts[1:], rows])]
     if starts[:1] != [0] or not all(_is_list(beam_rank[group]) for group in groups):
-        raise ValueError("ListwiseReward needs the whole list of each prompt; use rollout='beam', and groups that no two "
-                         "processes share")
+        raise ValueError("ListwiseReward needs the whole list of each prompt; use rollout='beam', and groups that no "
+                         "two processes share")
     return groups
 
 def _is_list(ranks) -> bool: # 0, 1, 2, ..., and None where a prompt has fewer items than a group has places
