@@ -94,6 +94,15 @@ Folders and modules, from the ground up:
 - `solve.test_sets`: Many policies on many files: each measured, beside the exact algorithm and the authors'
   figures, and written down.
 
+`bgrpo_nb.recommend`: Policies recommend: items as semantic IDs, histories as prompts, beams as ranked lists; no
+polynomials.
+- `recommend.catalogue`: Items as short sequences of words, histories as prompts: what a recommender needs to be a
+  language model.
+- `recommend.latent_factors`: Catalogues and histories whose probabilities are known, so that a recommender can be
+  compared with the best there is.
+- `recommend.recommender`: A small policy over semantic IDs: supervised on histories, ready for BGRPO, and measured
+  by its lists.
+
 `bgrpo_nb.recipes`: The training runs that commands start.
 - `recipes.callbacks`: What a training does besides its steps: it logs, draws, shows progress, and stops cleanly at
   a signal.

@@ -981,6 +981,102 @@ d = {
    'bgrpo_nb.recipes.train.train_bgrpo':
     ('train.html#train_bgrpo', 'bgrpo_nb/recipes/train.py'),
   },
+  'bgrpo_nb.recommend.catalogue': {
+   'bgrpo_nb.recommend.catalogue.Catalogue':
+    ('catalogue.html#catalogue', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.Catalogue.__init__':
+    ('catalogue.html#catalogue.__init__', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.Catalogue.__len__':
+    ('catalogue.html#catalogue.__len__', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.Catalogue.__repr__':
+    ('catalogue.html#catalogue.__repr__', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.Catalogue.length':
+    ('catalogue.html#catalogue.length', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.History':
+    ('catalogue.html#history', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue._check_ids':
+    ('catalogue.html#_check_ids', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue._columns':
+    ('catalogue.html#_columns', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue._item':
+    ('catalogue.html#_item', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue._tokenizer':
+    ('catalogue.html#_tokenizer', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.constraint_of':
+    ('catalogue.html#constraint_of', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.prompt_batch':
+    ('catalogue.html#prompt_batch', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.prompt_of':
+    ('catalogue.html#prompt_of', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.read_catalogue':
+    ('catalogue.html#read_catalogue', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.read_histories':
+    ('catalogue.html#read_histories', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.sequences_of':
+    ('catalogue.html#sequences_of', 'bgrpo_nb/recommend/catalogue.py'),
+   'bgrpo_nb.recommend.catalogue.without':
+    ('catalogue.html#without', 'bgrpo_nb/recommend/catalogue.py'),
+  },
+  'bgrpo_nb.recommend.latent_factors': {
+   'bgrpo_nb.recommend.latent_factors.LatentWorld':
+    ('latent_factors.html#latentworld', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.LatentWorld.__init__':
+    ('latent_factors.html#latentworld.__init__', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.LatentWorld.probabilities':
+    ('latent_factors.html#latentworld.probabilities', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.LatentWorld.taste':
+    ('latent_factors.html#latentworld.taste', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.best_ndcg':
+    ('latent_factors.html#best_ndcg', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.draw_histories':
+    ('latent_factors.html#draw_histories', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.draw_user':
+    ('latent_factors.html#draw_user', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.expected_ndcg':
+    ('latent_factors.html#expected_ndcg', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.id_probabilities':
+    ('latent_factors.html#id_probabilities', 'bgrpo_nb/recommend/latent_factors.py'),
+   'bgrpo_nb.recommend.latent_factors.semantic_ids':
+    ('latent_factors.html#semantic_ids', 'bgrpo_nb/recommend/latent_factors.py'),
+  },
+  'bgrpo_nb.recommend.recommender': {
+   'bgrpo_nb.recommend.recommender.ListwiseReward':
+    ('recommender.html#listwisereward', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.ListwiseReward.__call__':
+    ('recommender.html#listwisereward.__call__', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.SharedWordsReward':
+    ('recommender.html#sharedwordsreward', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.SharedWordsReward.__call__':
+    ('recommender.html#sharedwordsreward.__call__', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.SharedWordsReward.__init__':
+    ('recommender.html#sharedwordsreward.__init__', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender._groups':
+    ('recommender.html#_groups', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender._is_list':
+    ('recommender.html#_is_list', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender._shared':
+    ('recommender.html#_shared', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.as_dataset':
+    ('recommender.html#as_dataset', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.gains':
+    ('recommender.html#gains', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.learn_sequences':
+    ('recommender.html#learn_sequences', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.measure_lists':
+    ('recommender.html#measure_lists', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.new_recommender':
+    ('recommender.html#new_recommender', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.next_item_loss':
+    ('recommender.html#next_item_loss', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.paired_interval':
+    ('recommender.html#paired_interval', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.recommend':
+    ('recommender.html#recommend', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.target_ranks':
+    ('recommender.html#target_ranks', 'bgrpo_nb/recommend/recommender.py'),
+   'bgrpo_nb.recommend.recommender.training_batches':
+    ('recommender.html#training_batches', 'bgrpo_nb/recommend/recommender.py'),
+  },
   'bgrpo_nb.search.allowed_sequences': {
    'bgrpo_nb.search.allowed_sequences.AllowedSequences':
     ('allowed_sequences.html#allowedsequences', 'bgrpo_nb/search/allowed_sequences.py'),

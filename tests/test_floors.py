@@ -17,6 +17,7 @@ UNKNOWN = { # what a floor knows nothing of
     "policy": {"trl", "bgrpo_nb.algebra"},
     "learn": {"bgrpo_nb.algebra"},
     "solve": {"trl", "bgrpo_nb.learn.trainer", "bgrpo_nb.learn.trl_batching", "bgrpo_nb.learn.trie"},
+    "recommend": {"trl", "bgrpo_nb.algebra", "bgrpo_nb.solve", "bgrpo_nb.learn.trainer"},
     "study": {"trl", "bgrpo_nb.recipes", "bgrpo_nb.learn", "bgrpo_nb.search"},
     "show": {"trl", "bgrpo_nb.learn.trainer", "bgrpo_nb.recipes", "bgrpo_nb.study.sweeps", "bgrpo_nb.study.trials"},
 }
