@@ -63,6 +63,8 @@ Folders and modules, from the ground up:
   checkpoint stays.
 - `learn.group_rewards`: What depends on all completions of a prompt: right answers, bonus, balance, baselines, and
   metrics by rank.
+- `learn.output_head`: Log-probabilities of a large vocabulary without the logits of all tokens at once, forward
+  and backward.
 - `learn.ranking`: Hits, NDCG and penalties by rank, as rewards and as metrics, where each prompt has a target and
   the beams are a list.
 - `learn.rewards`: What a right answer is worth at each beam rank, and how the rewards of a group become

@@ -515,6 +515,22 @@ d = {
    'bgrpo_nb.learn.group_rewards._spread':
     ('group_rewards.html#_spread', 'bgrpo_nb/learn/group_rewards.py'),
   },
+  'bgrpo_nb.learn.output_head': {
+   'bgrpo_nb.learn.output_head._forms':
+    ('output_head.html#_forms', 'bgrpo_nb/learn/output_head.py'),
+   'bgrpo_nb.learn.output_head._in_place_of':
+    ('output_head.html#_in_place_of', 'bgrpo_nb/learn/output_head.py'),
+   'bgrpo_nb.learn.output_head._is_sharded':
+    ('output_head.html#_is_sharded', 'bgrpo_nb/learn/output_head.py'),
+   'bgrpo_nb.learn.output_head._run_pieces':
+    ('output_head.html#_run_pieces', 'bgrpo_nb/learn/output_head.py'),
+   'bgrpo_nb.learn.output_head._try_forms':
+    ('output_head.html#_try_forms', 'bgrpo_nb/learn/output_head.py'),
+   'bgrpo_nb.learn.output_head.after_head':
+    ('output_head.html#after_head', 'bgrpo_nb/learn/output_head.py'),
+   'bgrpo_nb.learn.output_head.in_pieces':
+    ('output_head.html#in_pieces', 'bgrpo_nb/learn/output_head.py'),
+  },
   'bgrpo_nb.learn.ranking': {
    'bgrpo_nb.learn.ranking.TargetReward':
     ('ranking.html#targetreward', 'bgrpo_nb/learn/ranking.py'),
@@ -638,36 +654,44 @@ d = {
     ('trie.html#trie', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._Group':
     ('trie.html#_group', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._Wanted':
+    ('trie.html#_wanted', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._Wanted.measure':
+    ('trie.html#_wanted.measure', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._allowed':
     ('trie.html#_allowed', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._ancestors':
     ('trie.html#_ancestors', 'bgrpo_nb/learn/trie.py'),
-   'bgrpo_nb.learn.trie._at_nodes':
-    ('trie.html#_at_nodes', 'bgrpo_nb/learn/trie.py'),
-   'bgrpo_nb.learn.trie._at_rows':
-    ('trie.html#_at_rows', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._at_once':
+    ('trie.html#_at_once', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._checkpoint_under_tree_attention':
     ('trie.html#_checkpoint_under_tree_attention', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._chunks':
     ('trie.html#_chunks', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._elements':
     ('trie.html#_elements', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._entropy':
+    ('trie.html#_entropy', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._measured':
+    ('trie.html#_measured', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._merge':
     ('trie.html#_merge', 'bgrpo_nb/learn/trie.py'),
-   'bgrpo_nb.learn.trie._node_logits':
-    ('trie.html#_node_logits', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._of_tokens':
+    ('trie.html#_of_tokens', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._pack':
     ('trie.html#_pack', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._predicted_at':
     ('trie.html#_predicted_at', 'bgrpo_nb/learn/trie.py'),
-   'bgrpo_nb.learn.trie._rows_of':
-    ('trie.html#_rows_of', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._size':
     ('trie.html#_size', 'bgrpo_nb/learn/trie.py'),
-   'bgrpo_nb.learn.trie._sums':
-    ('trie.html#_sums', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._states_at_nodes':
+    ('trie.html#_states_at_nodes', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._states_in_rows':
+    ('trie.html#_states_in_rows', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._tree_attention_kept':
     ('trie.html#_tree_attention_kept', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._tree_inputs':
+    ('trie.html#_tree_inputs', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._widths':
     ('trie.html#_widths', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie.build_trie':

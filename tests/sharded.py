@@ -34,6 +34,8 @@ def run(model, everywhere):
     ids = torch.tensor([[0] * (P - len(p)) + p + m.ids + [0] * (C - len(m.ids)) for p, m in zip(prompts, members)])
     mask = torch.tensor([[0] * (P - len(p)) + [1] * (len(p) + len(m.ids)) + [0] * (C - len(m.ids)) for p, m in zip(prompts, members)])
     logps, _ = trie_logps(model, ids, mask, C)
+    with torch.no_grad(): # a sharded head is not run in pieces, however few elements are asked for
+        torch.testing.assert_close(trie_logps(model, ids, mask, C, max_elements=1)[0], logps, atol=1e-4, rtol=0)
     (logps.sum() / 12).backward()
     return members, logps.detach(), searched
 

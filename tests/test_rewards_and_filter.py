@@ -31,11 +31,20 @@ steady = settings(derandomize=True, deadline=None, database=None)
     ("rank", False, 0, -0.1), ("rank", False, 24, -0.1),
     ("simple", True, 0, 1.0), ("simple", True, 24, 1.0), ("simple", False, 7, -0.1),
     ("reverse_rank", True, 0, 1.0), ("reverse_rank", True, 24, 2.117000016612675), ("reverse_rank", False, 0, -0.1),
-    ("reverse_rank", False, 24, -0.04723665527410147)])
+    ("reverse_rank", False, 24, -0.04723665527410147),
+    ("hit", True, 7, 1.0), ("hit", False, 0, 0.0), ("ndcg", True, 0, 1.0), ("ndcg", True, 2, 0.5), ("ndcg", True, 6, 1 / 3), ("ndcg", False, 0, 0.0)])
 def test_the_table_of_rewards(reward, valid, beam_rank, expected):
     assert rewards_of([valid], [beam_rank], reward) == pytest.approx([expected], abs=1e-12)
     assert rewards_of([Verdict(valid, "ok" if valid else "trivial")], [beam_rank], reward) == rewards_of([valid], [beam_rank], reward)
-    assert set(REWARDS) == {"rank", "simple", "reverse_rank"}
+    assert set(REWARDS) == {"rank", "simple", "reverse_rank", "hit", "ndcg"}
+
+
+@pytest.mark.parametrize("right", [None, 0, 2, 3])
+def test_penalties_by_rank_are_those_of_rere(right):
+    "Worked out for four beams: weights 1, 0.6309, 0.5, 0.4307 with the sum 2.5616; nothing where no beam is right"
+    shares = [-0.39038, -0.24630, -0.19519, -0.16813]
+    wanted = [0.0] * 4 if right is None else [1.0 if k == right else share for k, share in enumerate(shares)]
+    assert rewards_of([k == right for k in range(4)], range(4), "rank_penalty") == pytest.approx(wanted, abs=1e-5)
 
 
 groups = st.lists(st.booleans(), min_size=1, max_size=30)
@@ -48,9 +57,12 @@ def test_balanced_groups_sum_to_zero_and_keep_their_order(valid, reward, random)
     random.shuffle(ranks)
     before = rewards_of(valid, ranks, reward)
     after = balance_rewards(before)
-    if any(valid) and not all(valid): assert sum(after) == pytest.approx(0, abs=1e-9)
+    pays_wrong_ones = min(before) < 0                       # `hit` and `ndcg` do not
+    if any(valid) and pays_wrong_ones: assert sum(after) == pytest.approx(0, abs=1e-9)
     else: assert after == before
     assert all(b == a for a, b, v in zip(before, after, valid) if v)
+    assert pays_wrong_ones == (not all(valid) and reward not in ("hit", "ndcg"))
+    if not pays_wrong_ones: return
     wrong = [(a, b) for a, b, v in zip(before, after, valid) if not v]
     assert all(b < 0 for _, b in wrong) and len({round(b / a, 9) for a, b in wrong}) <= 1
 

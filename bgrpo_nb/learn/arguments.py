@@ -116,7 +116,8 @@ def _is_short(prompt, room) -> bool: # certainly; a tokenizer may add a few toke
 # %% ../../nbs/08d_arguments.ipynb #2fb83330
 def rewards_with_setting(reward_funcs, # one function, model or model's name in TRL's form, or several
                          reward: str,  # the setting
-                         rollout: str = "beam"): # the setting
+                         rollout: str = "beam",   # the setting
+                         balance: bool = False):  # the setting balance_rewards
     "The same functions; a VerifiedReward without a reward rule of its own gets the setting's"
     if reward_funcs is None:
         raise ValueError("reward_funcs is missing; give a function in TRL's form, or VerifiedReward(verify)")
@@ -129,6 +130,9 @@ def rewards_with_setting(reward_funcs, # one function, model or model's name in 
                          "leave the setting out")
     for f in verified:
         f.reward, f.in_groups = f.reward or reward, True
+        if balance and f.reward in ("hit", "ndcg"):
+            raise ValueError(f"balance_rewards scales negative rewards, and reward={f.reward!r} has none; leave it "
+                             "out, or use reward='simple'")
         if f.reward in GROUP_REWARDS and rollout == "sample":
             raise ValueError(f"reward={f.reward!r} pays by rank, and samples have none; use reward='hit', or "
                              "rollout='beam'")

@@ -139,7 +139,7 @@ class BGRPOTrainer(GroupRewardsTrainer):
         else: _check_loaded(model, args.model_init_kwargs, quantization)
         check_tokenizer(model, processing_class)
         check_reference(model, args.beta, kwargs.get("peft_config"))
-        reward_funcs = rewards_with_setting(reward_funcs, args.reward, args.rollout)
+        reward_funcs = rewards_with_setting(reward_funcs, args.reward, args.rollout, args.balance_rewards)
         self.evaluator, self._warned, self.constraint, self._first_set = evaluator, False, None, None
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():

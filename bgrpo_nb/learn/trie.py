@@ -28,6 +28,7 @@ completions do not share. Samples share little but the prompt; beams share most 
 __all__ = ['Trie', 'build_trie', 'trie_logps', 'row_logps']
 
 # %% ../../nbs/08e_trie.ipynb #76ce0f2c
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -39,8 +40,9 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 
 # %% ../../nbs/08e_trie.ipynb #34eb8967
+from .output_head import after_head, in_pieces
 from .trl_batching import constraint_of
-from ..search.beam_tree import tree_attention_on
+from ..search.beam_tree import tree_attention_on, without_wrappers
 from ..search.constraints import Constraint, at_choices
 
 # %% ../../nbs/08e_trie.ipynb #70845f2d
@@ -149,48 +151,81 @@ def _tree_attention_kept(model):
         for m, f in zip(layers, before): m._gradient_checkpointing_func = f
 
 # %% ../../nbs/08e_trie.ipynb #becc3da2
-def _node_logits(model, groups, device) -> Tensor: # (B, M + 1, V), at least float32
-    "Logits at the end of each prompt and at each node, one forward for all groups"
-    plain = extract_model_from_parallel(model)
+def _tree_inputs(model, groups, device) -> dict: # of a forward of one batch of groups
     ids, positions, sees = (torch.from_numpy(x).to(device) for x in _pack(groups))
-    _, M = _widths(groups)
-    unseen = torch.finfo(plain.dtype).min
-    mask = torch.zeros(sees.shape, dtype=plain.dtype, device=device).masked_fill_(~sees, unseen)[:, None]
-    with _tree_attention_kept(plain):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=M + 1)
-    logits = out.logits[:, -M - 1:]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    unseen = torch.finfo(model.dtype).min
+    mask = torch.zeros(sees.shape, dtype=model.dtype, device=device).masked_fill_(~sees, unseen)[:, None]
+    return dict(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=_widths(groups)[1] + 1)
+
+def _measured(model, inputs: dict, columns: slice, # of what the model gives: those that are looked at
+              places: Tensor,                      # (Q,) long, of the columns of all rows, one after the other
+              wanted, at_once: int | None) -> list[Tensor]: # what `wanted` says of all places
+    "One forward; the output head runs for `at_once` places at a time, or for all"
+    def select(x): return x[:, columns].flatten(0, 1)[places]
+    if at_once: found = in_pieces(model, inputs, select, wanted.measure, at_once)
+    else: found = [wanted.measure(select(model(**inputs, use_cache=False).logits), 0, len(places))]
+    return [torch.cat(parts) for parts in zip(*found)]
+
+def _at_once(model, V: int, places: int, max_elements: int) -> int | None: # places of which logits exist; None: all
+    "A loss keeps about four arrays of the size of the logits; one warning where a model needs them all"
+    at_once = max(1, max_elements // (4 * V))
+    if places <= at_once: return None
+    follows = after_head(model)
+    if callable(follows): return at_once
+    name = type(without_wrappers(model)).__name__
+    if name not in _WARNED and places * V > max_elements:
+        warnings.warn(f"{name} computes the logits of all its tokens at once, which takes memory: {follows}")
+        _WARNED.add(name)
+    return None
+
+_WARNED: set[str] = set()
 
 # %% ../../nbs/08e_trie.ipynb #08esums1
-def _sums(logits: Tensor, # (..., V), at least float32
-          choices: tuple | None, # of a constraint: tokens (..., W) or None, and which are allowed (..., W); None: all
-          compute_entropy: bool) -> tuple[Tensor, Tensor | None]: # (...) each
-    "The log of the sum over the tokens that share the probability, and the entropy among them"
-    x = logits if choices is None else at_choices(logits, *choices)
-    totals = x.logsumexp(-1)
-    if not compute_entropy: return totals, None
-    logp = x - totals[..., None]
-    finite = logp if choices is None else logp.masked_fill(logp == -torch.inf, 0)
-    return totals, -(logp.exp() * finite).sum(-1)
-
-# %% ../../nbs/08e_trie.ipynb #08econ03
 def _allowed(constraint: Constraint, states: Tensor, V: int): # (...) long -> tokens (..., W) or None, bool (..., W)
     "The choices in each state; behind the end of a completion all of them, so that sums are finite"
     tokens, allowed = constraint.choices(states, V)
     return tokens, allowed | ~allowed.any(-1, keepdim=True)
 
-def _at_nodes(constraint, groups, shape, # (B, M + 1, V)
-              group, at, tokens, mask): # of R rows: (R,) their group, (R, C) the node before each token, tokens, mask
-    "The choices at each node, (B, M + 1, W), or None where all tokens share the probability"
+class _Wanted(NamedTuple):
+    "Of which tokens a log-probability is wanted, at which of Q places, and what shares the probability there"
+    at: Tensor                     # (R,) long, ascending: the place where each token is predicted
+    tokens: Tensor                 # (R,) long
+    constraint: Constraint | None  # one that renormalizes
+    states: Tensor | None          # (Q,) long, of the constraint
+    temperature: float
+    compute_entropy: bool
+
+    def measure(self, logits: Tensor, first: int, last: int) -> tuple[Tensor, ...]: # (last - first, V)
+        "Log-probabilities of the tokens at places first to last, and the entropy at each place"
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.temperature != 1: logits = logits / self.temperature
+        x = logits
+        if self.states is not None:
+            x = at_choices(x, *_allowed(self.constraint, self.states[first:last], x.shape[-1]))
+        totals = x.logsumexp(-1)
+        a, b = torch.searchsorted(self.at, self.at.new_tensor([first, last])).tolist()
+        at = self.at[a:b] - first
+        logps = logits[at, self.tokens[a:b]] - totals[at]
+        return (logps, _entropy(x, totals, self.states is not None)) if self.compute_entropy else (logps,)
+
+def _entropy(x, totals, limited: bool) -> Tensor: # (Q, W) logits, -inf where not allowed if limited; (Q,) -> (Q,)
+    logp = x - totals[:, None]
+    finite = logp.masked_fill(logp == -torch.inf, 0) if limited else logp
+    return -(logp.exp() * finite).sum(-1)
+
+# %% ../../nbs/08e_trie.ipynb #08econ03
+def _states_at_nodes(constraint, groups, places: int, # M + 1
+                     group, at, tokens, mask, # of R rows: (R,) their group, (R, C) the node before each token
+                     V: int): # a constraint that renormalizes and its states (B, M + 1) long, or None twice
+    "What shares the probability at each node"
     own = constraint_of(constraint, [g.prompt.tolist() for g in groups])
-    if own is None or not own.renormalize: return None
-    B, places, V = shape
-    start = own.to(tokens.device).start(B)
+    if own is None or not own.renormalize: return None, None
+    start = own.to(tokens.device).start(len(groups))
     before = own.states(tokens, start[group])[:, :-1]
     own.check_allowed(tokens, before, mask, V)
     states = start[:, None].repeat(1, places)
     states[group[:, None].expand_as(at)[mask], at[mask]] = before[mask]
-    return _allowed(own, states, V)
+    return own, states
 
 # %% ../../nbs/08e_trie.ipynb #58c89241
 def _predicted_at(trie) -> np.ndarray: # (n, C)
@@ -207,26 +242,38 @@ def trie_logps(model,                  # wrapped or not
                constraint=None,        # as of `roll_out`; only one with `renormalize` changes anything
                ) -> tuple[Tensor, Tensor | None]: # (N, C) log-probabilities, entropies; nats, 0 on padding
     "Log-probability of each completion token, each distinct beginning forwarded once; at least float32"
-    C, device = logits_to_keep, input_ids.device
-    V = extract_model_from_parallel(model).config.get_text_config().vocab_size
+    C, device, plain = logits_to_keep, input_ids.device, extract_model_from_parallel(model)
+    V = plain.config.get_text_config().vocab_size
     groups = _merge(input_ids.cpu().numpy(), attention_mask.cpu().numpy().astype(bool), C)
-    found_rows, found_logps, found_entropies = [], [], []
-    for chunk in _chunks(groups, V, max_elements):
+    at_once = _at_once(model, V, sum(len(g.trie.tokens) + 1 for g in groups), max_elements)
+    found = []
+    for chunk in _chunks(groups, 0 if at_once else V, max_elements):
         rows = torch.from_numpy(np.concatenate([g.rows for g in chunk])).to(device)
-        group = torch.arange(len(chunk), device=device).repeat_interleave(_rows_of(chunk).to(device))
+        group = torch.arange(len(chunk)).repeat_interleave(torch.tensor([len(g.rows) for g in chunk])).to(device)
         at = torch.from_numpy(np.concatenate([_predicted_at(g.trie) for g in chunk])).to(device)
         tokens, mask = input_ids[rows, -C:], attention_mask[rows, -C:].bool()
-        logits = _node_logits(model, chunk, device) / temperature                       # (B, M + 1, V)
-        choices = _at_nodes(constraint, chunk, logits.shape, group, at, tokens, mask)
-        totals, entropy = _sums(logits, choices, compute_entropy)                       # (B, M + 1)
-        found_rows.append(rows)
-        found_logps.append(logits[group[:, None], at, tokens] - totals[group[:, None], at])
-        if compute_entropy: found_entropies.append(entropy[group[:, None], at])
-    original_order = torch.cat(found_rows).argsort()
-    def joined(parts): return torch.cat(parts)[original_order] * attention_mask[:, -C:]
-    return joined(found_logps), joined(found_entropies) if compute_entropy else None
+        with _tree_attention_kept(plain):
+            inputs = _tree_inputs(plain, chunk, device)
+            width = inputs["logits_to_keep"]
+            own, states = _states_at_nodes(constraint, chunk, width, group, at, tokens, mask, V)
+            def measure(places, *wanted):
+                return _measured(model, inputs, slice(-width, None), places, _Wanted(*wanted), at_once)
+            values = _of_tokens(measure, group[:, None] * width + at, tokens, mask, own, states, temperature,
+                                compute_entropy)
+        found.append((rows, *values))
+    rows, logps, *entropies = (torch.cat(parts) for parts in zip(*found))
+    original_order = rows.argsort()
+    return logps[original_order], entropies[0][original_order] if entropies else None
 
-def _rows_of(groups) -> Tensor: return torch.tensor([len(g.rows) for g in groups])
+def _of_tokens(measure, place, tokens, mask, own, states, temperature, compute_entropy): # place, tokens, mask: (R, C)
+    "Ask for each place once; (R, C) log-probabilities and, where wanted, entropies, 0 on padding"
+    places, which = place[mask].unique(return_inverse=True)
+    order = which.argsort(stable=True)
+    at_places = None if states is None else states.flatten()[places]
+    logps, *entropies = measure(places, which[order], tokens[mask][order], own, at_places, temperature, compute_entropy)
+    logps = torch.zeros_like(logps).index_copy(0, order, logps)
+    values = [logps, *(entropy[which] for entropy in entropies)]
+    return [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in values]
 
 # %% ../../nbs/08e_trie.ipynb #08econ10
 def row_logps(model,                  # wrapped or not; with `positions_from_mask` where it has learned positions
@@ -237,26 +284,30 @@ def row_logps(model,                  # wrapped or not; with `positions_from_mas
               compute_entropy: bool = False,
               constraint=None,        # as of `roll_out`
               batch_size: int | None = None, # rows of a forward; default: all
+              max_elements: int = 2**26, # of logits at a time
               ) -> tuple[Tensor, Tensor | None]: # (N, C) log-probabilities, entropies; nats, 0 on padding
     "What `trie_logps` gives, each row forwarded in full"
-    C, found = logits_to_keep, []
-    for ids, mask in zip(input_ids.split(batch_size or len(input_ids)),
-                         attention_mask.split(batch_size or len(input_ids))):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -C - 1:-1]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        totals, entropy = _sums(logits, _at_rows(constraint, ids, mask.bool(), C, logits.shape[-1]), compute_entropy)
-        logps = logits.gather(2, ids[:, -C:, None])[..., 0] - totals
-        found.append([x * mask[:, -C:] for x in (logps, entropy) if x is not None])
+    C, n, found = logits_to_keep, batch_size or len(input_ids), []
+    V = extract_model_from_parallel(model).config.get_text_config().vocab_size
+    at_once = _at_once(model, V, min(n, len(input_ids)) * C, max_elements)
+    for ids, on in zip(input_ids.split(n), attention_mask.split(n)):
+        tokens, mask = ids[:, -C:], on[:, -C:].bool()
+        own, states = _states_in_rows(constraint, ids, on.bool(), C, V)
+        def measure(places, *wanted):
+            inputs = dict(input_ids=ids, attention_mask=on)
+            return _measured(model, inputs, slice(-C - 1, -1), places, _Wanted(*wanted), at_once)
+        place = torch.arange(mask.numel(), device=ids.device).view_as(mask)
+        found.append(_of_tokens(measure, place, tokens, mask, own, states, temperature, compute_entropy))
     logps, *entropies = (torch.cat(parts) for parts in zip(*found))
     return logps, entropies[0] if entropies else None
 
-def _at_rows(constraint, ids, mask, C, V):
-    "The choices before each token of each row, (N, C, W), or None where all tokens share the probability"
+def _states_in_rows(constraint, ids, mask, C, V): # a constraint that renormalizes and its states (N, C), or None twice
+    "What shares the probability before each token of each row"
     prompts = [tuple(row[on].tolist()) for row, on in zip(ids[:, :-C], mask[:, :-C])]
     which = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     own = constraint_of(constraint, [list(prompt) for prompt in which])
-    if own is None or not own.renormalize: return None
+    if own is None or not own.renormalize: return None, None
     start = own.to(ids.device).start(len(which))[[which[prompt] for prompt in prompts]]
     before = own.states(ids[:, -C:], start)[:, :-1]
     own.check_allowed(ids[:, -C:], before, mask[:, -C:], V)
-    return _allowed(own, before, V)
+    return own, before
