@@ -13,7 +13,7 @@ test: export OMP_NUM_THREADS := 1
 test: $(READY)
 	@$(BIN)/python nbs/_build/lint.py
 	@$(BIN)/python nbs/_build/sync.py --check
-	@$(BIN)/nbdev-test --n-workers 2 --timing
+	@temp=$$(mktemp -d) && trap 'rm -rf "$$temp"' EXIT && TMPDIR=$$temp $(BIN)/nbdev-test --n-workers 2 --timing
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The fast tests of algebra, search, policy, learn and solve under the lowest versions that settings.ini declares, in an
