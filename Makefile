@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-oldest soak setup lab explorers docs export bench study
+.PHONY: demo test test-oldest soak load setup lab explorers docs export bench study
 
 demo: $(READY)
 	@$(BIN)/bgrpo demo
@@ -13,7 +13,7 @@ test: export OMP_NUM_THREADS := 1
 test: $(READY)
 	@$(BIN)/python nbs/_build/lint.py
 	@$(BIN)/python nbs/_build/sync.py --check
-	@$(BIN)/nbdev-test --n-workers 2 --timing
+	@temp=$$(mktemp -d) && trap 'rm -rf "$$temp"' EXIT && TMPDIR=$$temp $(BIN)/nbdev-test --n-workers 2 --timing
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The fast tests of algebra, search, policy, learn and solve under the lowest versions that settings.ini declares, in an
@@ -33,6 +33,11 @@ test-oldest:
 soak: export OMP_NUM_THREADS := 1
 soak: $(READY)
 	@$(BIN)/python tests/soak.py
+
+# A million problems, 27,000 evaluated and 200 trials under kills: time and memory; the report is runs/load/report.json
+load: export OMP_NUM_THREADS := 1
+load: $(READY)
+	@$(BIN)/python tests/load.py
 
 setup: $(READY)
 

@@ -292,6 +292,8 @@ d = {
     ('cli.html#_run', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._say':
     ('cli.html#_say', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._say_of_loop':
+    ('cli.html#_say_of_loop', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._stop':
     ('cli.html#_stop', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._sweep_parser':

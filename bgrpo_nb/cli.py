@@ -509,7 +509,7 @@ def main(argv: list[str] | None = None) -> int: # exit status, see the table abo
     except KeyboardInterrupt as e: return _say(f"bgrpo: {str(e) or 'stopped'}", getattr(e, "status", 130))
     except Fault as e: return _say(f"bgrpo {e}", 2)
     except (ValueError, OSError) as e: return _say(f"bgrpo: {str(e) or type(e).__name__}", 2)
-    except Exception as e: return _say(_unforeseen(e), 1)
+    except Exception as e: return _say_of_loop(e) or _say(_unforeseen(e), 1)
 
 def _run(argv) -> int:
     if not argv or argv[0] in ("-h", "--help"): return print(overview()) or 0
@@ -524,6 +524,10 @@ def _say(message, status) -> int: # status
     try: print(" ".join(message.split()), file=sys.stderr, flush=True)
     except OSError: pass    # nobody reads it any more
     return status
+
+def _say_of_loop(error) -> int | None: # status
+    "Before Python 3.13 a link that leads to itself is a RuntimeError"
+    if str(error).startswith("Symlink loop"): return _say(f"bgrpo: {error}, a link to itself; choose another path", 2)
 
 def _unforeseen(error) -> str:
     "What to say of an error that no line of ours foresaw; its traceback goes into a file"

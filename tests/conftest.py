@@ -1,11 +1,28 @@
 "Fixtures that every test file may use."
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are small; threads of several processes would wait for one another
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+def session_temp():
+    """A folder for the temporary files of this session and its processes: those that are killed leave theirs behind.
+
+    What pytest itself keeps for three sessions, and what torch compiles for longer, stay where they were."""
+    usual = tempfile.gettempdir()
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{usual}/torchinductor_bgrpo_nb")
+    folder = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bgrpo_tests_")
+    os.chmod(folder, 0o755)  # servers of tests may run as another user
+    return folder
+
+
+TEMP = None if "PYTEST_XDIST_WORKER" in os.environ else session_temp()
 
 import pytest
 
@@ -25,6 +42,10 @@ def shared():
     folder = shared_dir() / "data"
     if not folder.is_dir(): pytest.skip(f"the authors' data is not at {folder}; set BGRPO_SHARED to the folder that holds data/")
     return folder
+
+
+def pytest_unconfigure():
+    if TEMP: shutil.rmtree(TEMP, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):

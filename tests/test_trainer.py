@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -556,6 +557,24 @@ def test_what_cannot_work_is_one_clear_error(tmp_path, broken, says):
     with pytest.raises(ValueError, match=says):
         BGRPOTrainer(new_model("tiny", position="learned", **SMALL), by_length([]), settings(tmp_path, **broken),
                      prompts(), processing_class=load_tokenizer("single")).train()
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_bgrpo_train_says_of_long_prompts_what_the_trainer_says(position, monkeypatch):
+    "Learned positions: refused; rotary ones: one warning"
+    from bgrpo_nb.recipes.train import _check_lengths
+    from bgrpo_nb.search import generation
+    monkeypatch.setattr(generation, "_LONG", set())
+    model = new_model("tiny", position=position, **SMALL)
+    rest = load_tokenizer("single"), model, generate_problems(4, 2, 2, seed=5)
+    config = SimpleNamespace(max_completion_length=model.config.max_position_embeddings)
+    if position == "learned":
+        with pytest.raises(ValueError, match="may reach .* tokens.*lower max_completion_length by"): _check_lengths(*rest, config)
+        return
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2): _check_lengths(*rest, config)
+    assert [w.category for w in found] == [UserWarning] and "was not trained beyond" in str(found[0].message)
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "right_only", "minimum_risk", "tempered", "violations"])

@@ -560,6 +560,30 @@ def test_one_line(line, says, tmp_path, monkeypatch, capsys):
     assert status == 2 and len(err.splitlines()) == 1 and says in err, err
 
 
+@pytest.mark.parametrize("line", [
+    "evaluate --model loop --problems p.txt", "evaluate --problems loop", "evaluate --problems p.txt --out loop", "filter --problems loop --out x", "plot loop",
+    "filter --problems p.txt --out loop", "analyze loop", "sweep loop", "sweep s.yaml --output_dir loop", "train --config loop", "train --problems loop",
+    "train --problems p.txt --output_dir loop", "sft --problems loop", "sft --output_dir loop/a", "convert loop out", "convert p.txt loop/a", "demo --output_dir loop"])
+def test_a_link_to_itself_is_one_line_wherever_it_is_named(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    said(capsys, "generate", "p.txt", "--n", "60")
+    write_text("s.yaml", "program: p.txt\nmethod: grid\nmetric: {name: x, goal: maximize}\nparameters: {x: {values: [1]}}\n")
+    status, err = said(capsys, *line.split())
+    assert status == 2 and len(err.splitlines()) == 1 and "loop" in err and "should not happen" not in err, err
+
+
+def test_where_a_file_cannot_be_made_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file, where a folder is needed"): check_new_file(tmp_path / "file/a/b.txt")
+    with pytest.raises(FileExistsError, match="--overwrite"): check_new_file(tmp_path / "file")
+    check_new_file(tmp_path / "file", overwrite=True)
+    check_new_file(tmp_path / "new/deep/b.txt")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if os.geteuid():    # root may write anywhere
+        with pytest.raises(PermissionError, match="cannot be written"): check_new_file(tmp_path / "locked/b.txt")
+
+
 def test_kept_lines_that_hold_no_record_are_left_out(tmp_path):
     from bgrpo_nb.solve.result_store import ResultStore
     store = ResultStore(tmp_path, model="m")

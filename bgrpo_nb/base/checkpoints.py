@@ -2,8 +2,8 @@
 
 When a checkpoint is written, a seal with the size and SHA-256 of each of its files is added, and then
 `trainer_state.json`, which the seal describes as well. So a checkpoint is whole when both are there and the sizes are
-right. Before a run resumes, the hashes are compared, too. Checkpoints without a seal are read as far as that is possible
-without torch."""
+right. Before a run resumes, the hashes are compared, too. Checkpoints without a seal are read as far as that is
+possible without torch."""
 import hashlib
 import json
 import os
@@ -41,8 +41,9 @@ def _described(path): return dict(size=path.stat().st_size, sha256=_sha256(path)
 
 def seal(checkpoint, state): # the file that will be `trainer_state.json`
     "Write sizes and hashes of a checkpoint's files into it"
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(PART))
-    described = {str(path.relative_to(checkpoint)): _described(path) for path in files if path.name not in (SEAL, STATE)}
+    def is_sealed(path): return path.is_file() and path.name not in (SEAL, STATE) and not path.name.startswith(PART)
+    files = sorted(filter(is_sealed, checkpoint.rglob("*")))
+    described = {str(path.relative_to(checkpoint)): _described(path) for path in files}
     return write_json(checkpoint / SEAL, described | {STATE: _described(state)})
 
 

@@ -25,7 +25,7 @@ def _beside(path):
     return path.with_name(f"{PART}{secrets.token_hex(8)}{path.suffix}")
 
 
-def _target(path):
+def target_of(path):
     "The path itself; of a link, what it leads to"
     target = Path(os.path.realpath(path))
     if target.is_symlink(): raise OSError(f"{path} is a link that leads to itself; choose another name")
@@ -38,7 +38,7 @@ def replacing(path):
     if not is_replaceable(path):
         yield Path(path)
         return
-    target = _target(path)
+    target = target_of(path)
     part = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def filling(folder):
     """An empty folder to write to; what is in it when the block ends without an error is moved into `folder`.
 
     Other files of `folder` stay. What goes wrong while it is written is one OSError, and `folder` is as it was."""
-    target = _target(folder)
+    target = target_of(folder)
     part = _beside(target)
     try:
         part.mkdir(parents=True)

@@ -9,7 +9,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from bgrpo_nb.base.files import PART, is_replaceable
+from bgrpo_nb.base.files import PART, is_replaceable, target_of
 
 MARK = ".bgrpo_nb.json"
 HARMLESS = {MARK, ".DS_Store", "lost+found", ".ipynb_checkpoints"}    # nothing of anybody's is in these
@@ -75,9 +75,21 @@ def locked(folder, flag="--output_dir"):
         yield
 
 
+def _check_place(path):
+    "OSError, before any work is done, if no file can be made there"
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file, where a folder is needed; choose another name")
+    if not os.access(above, os.W_OK): raise PermissionError(f"{above} cannot be written; choose another place")
+
+
 def check_new_file(path, overwrite=False):
-    "FileExistsError if a file is there and may not be replaced; what is written to devices and pipes replaces nothing"
-    if overwrite or not is_replaceable(path) or not os.path.exists(path): return
+    """FileExistsError if a file is there and may not be replaced, OSError if none can be written there.
+
+    What is written to devices and pipes replaces nothing."""
+    if not is_replaceable(path): return
+    _check_place(target_of(path))
+    if overwrite or not os.path.exists(path): return
     raise FileExistsError(f"{path} exists; choose another name, or replace it with --overwrite")
 
 

@@ -83,7 +83,7 @@ from ..learn.trainer import BGRPOTrainer, load_policy
 from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
 from .wandb_logging import WandbPanels, at_wandb, guard_wandb
-from ..search.generation import sample
+from ..search.generation import check_length, sample
 from ..solve.beam_filter import answer_tokens, in_batches
 from ..solve.decomposition_reward import decomposition_reward
 from ..solve.evaluation import METRICS
@@ -286,14 +286,9 @@ def _describe(c: TrainConfig, train, held_out, given: bool) -> dict:
     return describe_lines("given" if given else name, [p.line for p in train]) | dict(held_out=apart)
 
 def _check_lengths(tokenizer, model, problems, config):
-    "ValueError if a prompt and its completion need more positions than the model has, or have an unknown word"
-    prompt_tokens = encode(tokenizer, [p.prompt for p in problems]).input_ids.shape[1]
-    need = prompt_tokens + config.max_completion_length
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if room and need > room:
-        raise ValueError(f"the longest prompt has {prompt_tokens} tokens, and with "
-                         f"max_completion_length={config.max_completion_length} it needs {need} positions; "
-                         f"the model has {room}. Leave out such problems, or choose another model")
+    "ValueError for an unknown word, or if the model's positions end before the longest prompt and its completion"
+    longest = encode(tokenizer, [p.prompt for p in problems]).input_ids.shape[1] + config.max_completion_length
+    check_length(model, longest, setting="max_completion_length")
 
 # %% ../../nbs/09a_train.ipynb #b52a63fb
 class _Trainer(BGRPOTrainer):
