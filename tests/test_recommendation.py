@@ -223,3 +223,33 @@ def test_a_listwise_reward_of_half_a_list_is_refused(catalogue, ranks):
     ids = catalogue.token_ids[:4].tolist()
     with pytest.raises(ValueError, match="whole list"):
         ListwiseReward()([""] * 4, ids, [ids[0]] * 4, beam_rank=ranks, beam_score=[-1.0] * 4)
+
+
+# The recorded experiment
+
+@pytest.fixture
+def record(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "nbs/experiments/recommendation")
+    import record
+    monkeypatch.setattr(record, "RUNS", tmp_path)
+    return record
+
+
+def test_no_arm_of_the_record_learns_from_test_rows(record, monkeypatch, tmp_path, catalogue):
+    "Users of the test rows have items of their own, and no training sees any of them"
+    rows = rows_of({user: list(range(user, user + 8)) for user in range(12)}, first=4)
+    test = rows_of({user: list(range(25, 35)) for user in range(4)}, first=6)
+    seen = []
+    def learn(model, catalogue, sequences, **settings): seen.append({item for items in sequences for item in items})
+    def reinforce(model, catalogue, rows, *args, **how):
+        seen.append({item for row in rows for item in (*row.items, row.next_item)})
+        return model, []
+    def small(catalogue, seed): return new_recommender(catalogue, seed, hidden_size=16, num_hidden_layers=1)
+    monkeypatch.setattr(record, "learn_sequences", learn)
+    monkeypatch.setattr(record, "reinforce", reinforce)
+    monkeypatch.setattr(record, "new_recommender", small)
+    monkeypatch.setattr(record, "steps_of_equal_time", lambda folder: 3)
+    for arm in sorted(record.ARMS, key=lambda arm: arm not in record.STARTS):
+        record.run(arm, 0, catalogue, rows, test, tmp_path)
+    assert len(seen) == len(record.ARMS) and all(items <= set(range(19)) for items in seen)
+    assert {path.stem for path in tmp_path.glob("*.json")} == set(record.ARMS)

@@ -137,7 +137,7 @@ def _item(text, where, items=None) -> int: # below `items`
 
 def read_catalogue(path) -> Catalogue:
     "Items and their semantic IDs; item numbers count from 0"
-    ids = []
+    ids: list[list[str]] = []
     for where, (item, words) in _columns(path, ("item", "semantic ID")):
         if _item(item, where) != len(ids):
             raise ValueError(f"{where}: item {item} where {len(ids)} comes next; number the items from 0, in order")

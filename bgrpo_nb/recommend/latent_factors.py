@@ -121,7 +121,8 @@ def expected_ndcg(world: LatentWorld, catalogue: Catalogue, histories: Sequence[
     worth, found = 1 / np.log2(np.arange(k) + 2), []
     for number, row in enumerate(histories):
         true = id_probabilities(world, catalogue, row.items)
-        p = [true.get(words, 0) for words in list(true if lists is None else lists[number])[:k]]
+        shown = list(true if lists is None else lists[number])[:k]
+        p = [true[words] if words in true else 0.0 for words in shown]
         found.append(np.dot(worth[:len(p)], p))
     return np.array(found)
 

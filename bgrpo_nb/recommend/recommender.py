@@ -193,7 +193,8 @@ def paired_interval(differences: Sequence[float], # of each row: one policy minu
     "Interval of the mean difference, rows resampled"
     found = stats.bootstrap((np.asarray(differences, float),), np.mean, n_resamples=4000, method="percentile",
                             batch=500, rng=np.random.default_rng(seed))
-    return tuple(map(float, found.confidence_interval))
+    low, high = found.confidence_interval
+    return float(low), float(high)
 
 # %% ../../nbs/14b_recommender.ipynb #c14c0032
 def as_dataset(catalogue: Catalogue, histories: Sequence[History]) -> Dataset: # columns prompt and target
