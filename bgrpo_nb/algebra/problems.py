@@ -46,7 +46,7 @@ import numpy as np
 from flint import Ordering, fmpz_mpoly_ctx
 
 # %% ../../nbs/01_data.ipynb #e351e539
-from ..base.files import write_text
+from ..base.files import replacing
 from .notation import to_html
 from .polynomial import (
     PrefixError, coefficients, degree, find_variables, parse, to_prefix, verify)
@@ -402,7 +402,9 @@ def generate_on_singlets(n: int, # how many
 def write_problems(path, # where to
                    problems: Iterable[Problem]) -> Path:
     "One problem a line; an existing file is replaced as a whole, or not at all"
-    return write_text(path, "".join(p.line + "\n" for p in problems))
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(p.line + "\n" for p in problems)
+    return Path(path)
 
 def _read_line(line: str) -> Problem:
     "One line; PrefixError says what is wrong with it"
