@@ -426,6 +426,8 @@ d = {
     ('exact_resume.html#resumablegrpotrainer._batch_to_keep', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._get_train_sampler':
     ('exact_resume.html#resumablegrpotrainer._get_train_sampler', 'bgrpo_nb/learn/exact_resume.py'),
+   'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._load_from_checkpoint':
+    ('exact_resume.html#resumablegrpotrainer._load_from_checkpoint', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._load_reference':
     ('exact_resume.html#resumablegrpotrainer._load_reference', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._load_rng_state':

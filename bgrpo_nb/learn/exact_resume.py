@@ -163,6 +163,17 @@ def _load_reference(self: ResumableGRPOTrainer, checkpoint):
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     self.accelerator.unwrap_model(self.ref_model).load_state_dict(state)
 
+@patch
+def _load_from_checkpoint(self: ResumableGRPOTrainer, resume_from_checkpoint, model=None):
+    "Transformers'; before 5.23 that leaves out the adapter beside which others are in folders"
+    super(ResumableGRPOTrainer, self)._load_from_checkpoint(resume_from_checkpoint, model)
+    policy = self.accelerator.unwrap_model(self.model if model is None else model)
+    beside = (Path(resume_from_checkpoint) / "adapter_model.safetensors").exists()
+    if len(getattr(policy, "peft_config", ())) < 2 or not beside: return
+    active = policy.active_adapters[0]
+    policy.load_adapter(resume_from_checkpoint, "default", is_trainable=active == "default")
+    policy.set_adapter(active)
+
 # %% ../../nbs/08a_exact_resume.ipynb #ef9ed157
 @patch
 def _save_checkpoint(self: ResumableGRPOTrainer, model, trial):
