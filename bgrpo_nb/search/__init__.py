@@ -3,5 +3,6 @@
 - `generation`: `beam_search`, `sample` and `greedy`, which read each prompt once and return `Beams`
 - `constraints`: `Constraint`, what a search may write; `allowed_sequences`: `AllowedSequences`, a finite set as one
 - `beam_tree`: `BeamTree`, all beams of a prompt as one tree of tokens; `why_no_tree`, which models cannot use it
-- `packed_weights`: `packed_linears`, faster products on a CPU while a search runs
+- `custom_generate`: `tree_generate`, the same search inside of `generate`
+- `packed_weights`: `packed_linears`, faster products on a CPU, and weights cast once under autocast, while a search runs
 """
