@@ -1,6 +1,7 @@
 "Fixtures that every test file may use."
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are small; threads of se
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)   # under nohup it is ignored, by the children of tests too
 
 
 def session_temp():
