@@ -1,7 +1,8 @@
 """`generate(custom_generate=tree_generate)`: the search, and every setting obeyed or refused by name."""
 import pytest
 import torch
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    EosTokenCriteria, GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MaxLengthCriteria, WatermarkingConfig)
 
 from bgrpo_nb.search.allowed_sequences import AllowedSequences
 from bgrpo_nb.search.custom_generate import PREPARED, REFUSED, UNUSED, tree_generate
@@ -103,14 +104,21 @@ def test_every_field_is_in_one_list():
 
 OTHERS = dict(length_penalty=1.0, early_stopping=True, use_cache=False, max_cache_len=64, output_scores=True, output_logits=True,
               output_attentions=True, output_hidden_states=True, encoder_repetition_penalty=1.2, encoder_no_repeat_ngram_size=2,
-              guidance_scale=1.5, prefill_chunk_size=4)
+              guidance_scale=1.5, prefill_chunk_size=4, watermarking_config=WatermarkingConfig())
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_setting_that_cannot_be_obeyed_is_named(name):
     torch.manual_seed(0)
     how = BEAMS | dict(return_dict_in_generate=True) | {name: OTHERS[name]}
-    with pytest.raises(ValueError, match=f"{name}={OTHERS[name]} is not obeyed"): by_tree(llama().eval(), **how)
+    with pytest.raises(ValueError, match=f"^{name}=.* is not obeyed"): by_tree(llama().eval(), **how)
+
+
+def test_criteria_of_the_caller_count(model):
+    "Another length, or another end token, than the settings have"
+    assert by_tree(model, **BEAMS, stopping_criteria=[MaxLengthCriteria(7)]).tolist() == by_tree(model, **BEAMS | dict(max_new_tokens=2)).tolist()
+    ended = by_tree(model, **BEAMS, eos_token_id=3, stopping_criteria=[EosTokenCriteria([3, 4])])
+    assert ended.tolist() == by_tree(model, **BEAMS, eos_token_id=[3, 4]).tolist() != by_tree(model, **BEAMS, eos_token_id=3).tolist()
 
 
 def test_what_generate_makes_of_defaults_is_accepted(model):

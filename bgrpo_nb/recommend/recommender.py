@@ -186,7 +186,7 @@ def measure_lists(catalogue: Catalogue, histories: Sequence[History],
 
 def gains(ranks: Sequence[int | None], k: int = 10) -> np.ndarray: # (N,)
     "NDCG@k of each row"
-    return np.array([0.0 if r is None or r >= k else 1 / math.log2(r + 2) for r in ranks])
+    return np.array([ndcg([r], k) for r in ranks])
 
 def paired_interval(differences: Sequence[float], # of each row: one policy minus another
                     seed: int = 0) -> tuple[float, float]: # 95 %, percentile

@@ -8,7 +8,8 @@ search find the same.
 ## What generate hands over
 
 `generate` has already repeated each prompt for its beams, filled in its defaults, and made processors and criteria
-out of its settings. The search takes the prompts back, and leaves out two criteria that it applies itself.
+out of its settings. The search takes the prompts back, and leaves out the criteria that it applies itself: the
+length and the end tokens of the settings.
 
 ## Obeyed or refused
 
@@ -47,7 +48,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, Generat
 # %% ../../nbs/03f_custom_generate.ipynb #6ad10005
 from .constraints import Constraint
 from .generation import Beams, beam_search, sample
-from .generation_settings import STATIC
+from .generation_settings import EVERY_SEARCH, INSTEAD, ONLY_SAMPLES, STATIC
 
 # %% ../../nbs/03f_custom_generate.ipynb #6ad1000b
 def _prompts(input_ids: Tensor, attention_mask: Tensor | None, # (B * K, P): rows as `generate` has repeated them
@@ -56,9 +57,12 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None, # (B * K, P): row
     if attention_mask is None: attention_mask = torch.ones_like(input_ids)
     return input_ids[::copies], attention_mask[::copies]
 
-def _criteria(criteria): # those that a search does not have already
-    own = MaxLengthCriteria, EosTokenCriteria
-    return StoppingCriteriaList(c for c in criteria if not isinstance(c, own))
+def _criteria(criteria, config): # those that a search does not have already
+    "A caller may replace the length or the end tokens of the settings by criteria of his own, which count"
+    def is_own(c):
+        if isinstance(c, MaxLengthCriteria): return c.max_length == config.max_length
+        return isinstance(c, EosTokenCriteria) and c.eos_token_id.flatten().tolist() == _ends(config)
+    return StoppingCriteriaList(c for c in criteria if not is_own(c))
 
 def _ends(config) -> list[int]: # the ids of end tokens
     return [] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist()
@@ -75,13 +79,8 @@ def _constraint(processors, constraint): # processors without it, and the constr
     return others, found[0] if found else None
 
 # %% ../../nbs/03f_custom_generate.ipynb #6ad1000f
-PREPARED = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample",
-            "num_beams", "num_return_sequences", "cache_implementation", "temperature", "top_k", "top_p", "min_p",
-            "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
-            "bad_words_ids", "renormalize_logits", "forced_bos_token_id", "forced_eos_token_id",
-            "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
-            "sequence_bias", "watermarking_config", "return_dict_in_generate", "pad_token_id", "bos_token_id",
-            "eos_token_id", "decoder_start_token_id", "disable_compile", "transformers_version")
+PREPARED = (*EVERY_SEARCH, *ONLY_SAMPLES, *INSTEAD, "forced_bos_token_id", "return_dict_in_generate",
+            "decoder_start_token_id", "disable_compile", "transformers_version")
 UNUSED = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
           "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight",
           "speculation_type")
@@ -97,6 +96,7 @@ REFUSED: dict[str, tuple] = dict( # the accepted value, and why no other
     encoder_repetition_penalty=(1.0, "it is for encoder-decoders"),
     encoder_no_repeat_ngram_size=(0, "it is for encoder-decoders"),
     guidance_scale=(None, "it calls the model a second time, once for each row"),
+    watermarking_config=(None, "some watermarks remember rows, and the rows of a search change"),
     token_healing=(False, "it changes the prompts"), prefill_chunk_size=(None, "a prompt is read in one forward"),
     low_memory=(None, _OTHER), prompt_lookup_num_tokens=(None, _OTHER), is_assistant=(False, _OTHER),
     assistant_early_exit=(None, _OTHER), use_mtp=(None, _OTHER), penalty_alpha=(None, _OTHER),
@@ -152,7 +152,7 @@ def tree_generate(model, input_ids: Tensor,  # (B * K, P), as `generate` passes 
     if static is None: static = STATIC.get(config.cache_implementation)
     how = dict(max_new_tokens=config.max_length - prompts.shape[1], eos_token_id=_ends(config),
                pad_token_id=_padding(config), logits_processor=processors, constraint=constraint, static=static,
-               stopping_criteria=_criteria(stopping_criteria))
+               stopping_criteria=_criteria(stopping_criteria, config))
     if config.do_sample: found = sample(model, prompts, mask, num_return_sequences=copies, generator=generator, **how)
     else: found = beam_search(model, prompts, mask, num_beams=config.num_beams, **how)
     return _result(prompts, found, config)
