@@ -402,6 +402,8 @@ d = {
     ('config.html#_faults_of_sampling', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_sizes':
     ('config.html#_faults_of_sizes', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_weights':
+    ('config.html#_faults_of_weights', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_with_beams':
     ('config.html#_faults_with_beams', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._processes':
@@ -518,6 +520,16 @@ d = {
     ('group_rewards.html#_repeats', 'bgrpo_nb/learn/group_rewards.py'),
    'bgrpo_nb.learn.group_rewards._spread':
     ('group_rewards.html#_spread', 'bgrpo_nb/learn/group_rewards.py'),
+  },
+  'bgrpo_nb.learn.optimizer_warmup': {
+   'bgrpo_nb.learn.optimizer_warmup.OptimizerWarmupTrainer':
+    ('optimizer_warmup.html#optimizerwarmuptrainer', 'bgrpo_nb/learn/optimizer_warmup.py'),
+   'bgrpo_nb.learn.optimizer_warmup.OptimizerWarmupTrainer.__init__':
+    ('optimizer_warmup.html#optimizerwarmuptrainer.__init__', 'bgrpo_nb/learn/optimizer_warmup.py'),
+   'bgrpo_nb.learn.optimizer_warmup.OptimizerWarmupTrainer.create_scheduler':
+    ('optimizer_warmup.html#optimizerwarmuptrainer.create_scheduler', 'bgrpo_nb/learn/optimizer_warmup.py'),
+   'bgrpo_nb.learn.optimizer_warmup._held_back':
+    ('optimizer_warmup.html#_held_back', 'bgrpo_nb/learn/optimizer_warmup.py'),
   },
   'bgrpo_nb.learn.output_head': {
    'bgrpo_nb.learn.output_head._forms':
@@ -728,6 +740,58 @@ d = {
     ('trl_batching.html#roll_out', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching.share_groups':
     ('trl_batching.html#share_groups', 'bgrpo_nb/learn/trl_batching.py'),
+  },
+  'bgrpo_nb.learn.weight_averages': {
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer':
+    ('weight_averages.html#averagingtrainer', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer.__init__':
+    ('weight_averages.html#averagingtrainer.__init__', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer._load_rng_state':
+    ('weight_averages.html#averagingtrainer._load_rng_state', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer._save_rng_state':
+    ('weight_averages.html#averagingtrainer._save_rng_state', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer.averaged':
+    ('weight_averages.html#averagingtrainer.averaged', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer.evaluate':
+    ('weight_averages.html#averagingtrainer.evaluate', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer.save_model':
+    ('weight_averages.html#averagingtrainer.save_model', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages':
+    ('weight_averages.html#weightaverages', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.__init__':
+    ('weight_averages.html#weightaverages.__init__', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.average':
+    ('weight_averages.html#weightaverages.average', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.in_place':
+    ('weight_averages.html#weightaverages.in_place', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.put':
+    ('weight_averages.html#weightaverages.put', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.update':
+    ('weight_averages.html#weightaverages.update', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging':
+    ('weight_averages.html#_averaging', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging.__init__':
+    ('weight_averages.html#_averaging.__init__', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging.on_optimizer_step':
+    ('weight_averages.html#_averaging.on_optimizer_step', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging.on_train_begin':
+    ('weight_averages.html#_averaging.on_train_begin', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging.on_train_end':
+    ('weight_averages.html#_averaging.on_train_end', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._asked':
+    ('weight_averages.html#_asked', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._copy':
+    ('weight_averages.html#_copy', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._in_words':
+    ('weight_averages.html#_in_words', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._read':
+    ('weight_averages.html#_read', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._set':
+    ('weight_averages.html#_set', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._settings':
+    ('weight_averages.html#_settings', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._write':
+    ('weight_averages.html#_write', 'bgrpo_nb/learn/weight_averages.py'),
   },
   'bgrpo_nb.policy.checkpoints': {
    'bgrpo_nb.policy.checkpoints._check_heads':

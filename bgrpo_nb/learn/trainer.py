@@ -98,9 +98,11 @@ from .arguments import (
     rewards_with_setting, steady)
 from .config import BGRPOConfig
 from .group_rewards import GroupRewardsTrainer
+from .optimizer_warmup import OptimizerWarmupTrainer
 from .trie import row_logps, trie_logps
 from .trl_batching import (
     Completion, constraint_of, group_order, positions_from_mask, roll_out, share_groups)
+from .weight_averages import AveragingTrainer
 from ..policy.loading import load_model
 from ..policy.model import load_tokenizer
 from ..search.beam_tree import why_no_tree
@@ -109,7 +111,7 @@ from ..search.generation import check_length
 from ..search.generation_settings import INSTEAD
 
 # %% ../../nbs/09_trainer.ipynb #a325a197
-class BGRPOTrainer(GroupRewardsTrainer):
+class BGRPOTrainer(AveragingTrainer, OptimizerWarmupTrainer, GroupRewardsTrainer):
     "GRPO whose group is the ranked beams of a beam search (arXiv:2508.15766)"
     _tag_names, _name = ["trl", "grpo", "bgrpo"], "BGRPO"
     identified_by = "constraint"                   # what a checkpoint must agree in
@@ -369,7 +371,7 @@ def evaluate(self: BGRPOTrainer, eval_dataset=None, ignore_keys=None, metric_key
     check_evaluator(self.args, self.evaluator, eval_dataset)
     start, training = time.perf_counter(), self.model.training
     self.model.eval()
-    with whole_model(self) as model: found = self.evaluator(model, self.processing_class)
+    with self.averaged(), whole_model(self) as model: found = self.evaluator(model, self.processing_class)
     found = found | dict(seconds=round(time.perf_counter() - start, 2))
     metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
     self.log(dict(metrics))
