@@ -640,12 +640,16 @@ d = {
     ('trainer.html#bgrpotrainer._mask_of_empty', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._obey':
     ('trainer.html#bgrpotrainer._obey', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._over_the_trie':
+    ('trainer.html#bgrpotrainer._over_the_trie', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._prepare_inputs':
     ('trainer.html#bgrpotrainer._prepare_inputs', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._renormalizing':
     ('trainer.html#bgrpotrainer._renormalizing', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._roll_out':
     ('trainer.html#bgrpotrainer._roll_out', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._rows_that_teach':
+    ('trainer.html#bgrpotrainer._rows_that_teach', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.evaluate':
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.identity':
@@ -1836,10 +1840,16 @@ d = {
   'bgrpo_nb.solve.decomposition_reward': {
    'bgrpo_nb.solve.decomposition_reward._canonical_or_constant':
     ('decomposition_reward.html#_canonical_or_constant', 'bgrpo_nb/solve/decomposition_reward.py'),
+   'bgrpo_nb.solve.decomposition_reward._is_own_form':
+    ('decomposition_reward.html#_is_own_form', 'bgrpo_nb/solve/decomposition_reward.py'),
    'bgrpo_nb.solve.decomposition_reward.answer_key':
     ('decomposition_reward.html#answer_key', 'bgrpo_nb/solve/decomposition_reward.py'),
+   'bgrpo_nb.solve.decomposition_reward.canonical_or_wrong':
+    ('decomposition_reward.html#canonical_or_wrong', 'bgrpo_nb/solve/decomposition_reward.py'),
    'bgrpo_nb.solve.decomposition_reward.decomposition_reward':
     ('decomposition_reward.html#decomposition_reward', 'bgrpo_nb/solve/decomposition_reward.py'),
+   'bgrpo_nb.solve.decomposition_reward.is_canonical':
+    ('decomposition_reward.html#is_canonical', 'bgrpo_nb/solve/decomposition_reward.py'),
   },
   'bgrpo_nb.solve.evaluation': {
    'bgrpo_nb.solve.evaluation.Difference':

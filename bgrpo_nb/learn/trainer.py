@@ -26,6 +26,12 @@ TRL asks one method for the log-probabilities of the policy, the old policy and 
 method forwards the trie of the rows. What a trie cannot serve (images, a router's auxiliary loss, models without a
 tree) is forwarded in full rows by TRL's own code.
 
+## Groups that teach nothing
+
+A group whose advantages are all 0 has no gradient: nothing in it is right, or `violations` finds the right beam on
+top. Such groups are forwarded without gradients, for the metrics alone, at about a third of the cost. With
+`baseline="violations"` and a policy that is good already this is most of a batch.
+
 ## Micro-batches
 
 TRL shuffles rows before it cuts a generation batch into micro-batches. Here groups are shuffled, so that a group
@@ -142,7 +148,8 @@ class BGRPOTrainer(AveragingTrainer, OptimizerWarmupTrainer, GroupRewardsTrainer
         check_tokenizer(model, processing_class)
         check_reference(model, args.beta, kwargs.get("peft_config"))
         reward_funcs = rewards_with_setting(reward_funcs, args.reward, args.rollout, args.balance_rewards)
-        self.evaluator, self._warned, self.constraint, self._first_set = evaluator, False, None, None
+        self.evaluator, self._warned, self._teaching = evaluator, False, None
+        self.constraint, self._first_set = None, None
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
@@ -323,7 +330,7 @@ def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, att
     rows = (model, input_ids, attention_mask, logits_to_keep, self.temperature, compute_entropy)
     with self.accelerator.autocast():
         if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
-            return *trie_logps(*rows, self.args.trie_elements, self._renormalizing()), None
+            return *self._over_the_trie(*rows), None
         if self._renormalizing() is not None: return *row_logps(*rows, self._renormalizing(), batch_size), None
     in_full_rows = super(BGRPOTrainer, self)._get_per_token_logps_and_entropies
     return in_full_rows(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
@@ -334,18 +341,42 @@ def _renormalizing(self: BGRPOTrainer): # the constraint, if it changes log-prob
     return self.constraint if self._first_set is not None and self._first_set.renormalize else None
 
 @patch
-def _compute_loss(self: BGRPOTrainer, model, inputs):
-    "TRL's, which asks for log-probabilities of these rows"
-    if self.constraint is not None and "tool_mask" in inputs: self._filled = inputs["tool_mask"][:, 0] > 0
-    try: return super(BGRPOTrainer, self)._compute_loss(model, inputs)
-    finally: self._filled = None
-
-@patch
 def _hand_back_memory(self: BGRPOTrainer):
     "On a CPU: freed memory goes back to the system at every torch_empty_cache_steps-th step"
     every = self.args.torch_empty_cache_steps
     on_cpu = self.args.device.type == "cpu"
     if every and on_cpu and self.state.global_step % every == 0: hand_back_memory()
+
+# %% ../../nbs/09_trainer.ipynb #09sil002
+@patch
+def _rows_that_teach(self: BGRPOTrainer, inputs) -> Tensor | None: # (N,) bool; None: all, since all have a gradient
+    "Rows of prompts that have a completion with an advantage"
+    shards = self.is_fsdp_enabled or self.is_deepspeed_enabled          # each process then needs as many forwards
+    if self.beta or self.aux_loss_enabled or shards or not self.args.share_prefixes: return None
+    pushed = inputs["advantages"].flatten(1).any(1) if inputs["advantages"].ndim > 1 else inputs["advantages"] != 0
+    prompt = torch.cat([inputs["prompt_ids"], inputs["prompt_mask"]], dim=1).unique(dim=0, return_inverse=True)[1]
+    teaches = torch.isin(prompt, prompt[pushed])
+    return teaches if teaches.any() and not teaches.all() else None
+
+@patch
+def _compute_loss(self: BGRPOTrainer, model, inputs):
+    "TRL's, which asks for log-probabilities of these rows"
+    if self.constraint is not None and "tool_mask" in inputs: self._filled = inputs["tool_mask"][:, 0] > 0
+    self._teaching = self._rows_that_teach(inputs)
+    try: return super(BGRPOTrainer, self)._compute_loss(model, inputs)
+    finally: self._filled = self._teaching = None
+
+@patch
+def _over_the_trie(self: BGRPOTrainer, model, input_ids, attention_mask, *more):
+    "(N, C) log-probabilities and entropies; of rows that teach nothing without gradients"
+    def of(rows):
+        return trie_logps(model, input_ids[rows], attention_mask[rows], *more, self.args.trie_elements,
+                          self._renormalizing())
+    teaching = self._teaching
+    if teaching is None: return of(slice(None))
+    with torch.no_grad(): silent = of(~teaching)
+    order = torch.cat([teaching.nonzero(), (~teaching).nonzero()])[:, 0].argsort()
+    return tuple(torch.cat(parts)[order] for parts in zip(of(teaching), silent))
 
 # %% ../../nbs/09_trainer.ipynb #68915476
 @patch

@@ -116,6 +116,7 @@ class TrainConfig(BGRPOConfig):
     sample_temperature: float = setting(0.7, "temperature of those samples")
     domain: str = setting("QQ", "coefficients of the outer polynomial: QQ, or ZZ for the authors' rule")
     allow_trivial: bool = setting(False, "linear parts count, the authors' rule; a policy learns to write them")
+    canonical_only: bool = setting(False, "the reward pays one form of an answer; validation counts every form")
     max_completion_length: int | None = setting(
         None, "most tokens of a completion; left out: a quarter above the longest known answer")
     gradient_checkpointing: bool = setting(
@@ -300,7 +301,7 @@ class _Trainer(BGRPOTrainer):
 
 def _make_trainer(config, model, tokenizer, train, validator, callbacks) -> BGRPOTrainer:
     "The trainer on polynomials, with all that it reports to"
-    reward = decomposition_reward(tokenizer, config.reward, config.domain, config.allow_trivial)
+    reward = decomposition_reward(tokenizer, config.reward, config.domain, config.allow_trivial, config.canonical_only)
     prompts = Dataset.from_dict({"prompt": [p.prompt for p in train]})
     trainer = _Trainer(model, reward, config, prompts, processing_class=tokenizer, evaluator=validator,
                        callbacks=callbacks)
