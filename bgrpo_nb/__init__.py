@@ -118,6 +118,8 @@ polynomials.
 - `recipes.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
 - `recipes.train`: Problems are chosen, a policy is trained by its beams, validated and saved: what `bgrpo train`
   does.
+- `recipes.validation`: A policy is measured before, during and after a run, on new problems and on what it knew;
+  the best one is saved.
 - `recipes.wandb_logging`: A run at Weights & Biases (W&B): started, continued after a resume, given panels, and
   ended.
 

@@ -1030,52 +1030,112 @@ d = {
     ('train.html#trainconfig.__post_init__', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._Trainer':
     ('train.html#_trainer', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._Trainer._determine_best_metric':
+    ('train.html#_trainer._determine_best_metric', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._Trainer.create_model_card':
     ('train.html#_trainer.create_model_card', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator':
-    ('train.html#_validator', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator.__call__':
-    ('train.html#_validator.__call__', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator.__init__':
-    ('train.html#_validator.__init__', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator._logps':
-    ('train.html#_validator._logps', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator.kl_to_start':
-    ('train.html#_validator.kl_to_start', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator.remember':
-    ('train.html#_validator.remember', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._check_lengths':
     ('train.html#_check_lengths', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._completions_of':
     ('train.html#_completions_of', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._describe':
     ('train.html#_describe', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._end':
+    ('train.html#_end', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._generate':
     ('train.html#_generate', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._generated':
     ('train.html#_generated', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._is_validation':
-    ('train.html#_is_validation', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._known':
+    ('train.html#_known', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._make_trainer':
     ('train.html#_make_trainer', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._measure_nothing':
+    ('train.html#_measure_nothing', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._named_problems':
     ('train.html#_named_problems', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._numbers':
-    ('train.html#_numbers', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._refuse':
     ('train.html#_refuse', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._set_apart':
     ('train.html#_set_apart', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._train':
     ('train.html#_train', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._validate_last_step':
-    ('train.html#_validate_last_step', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._validations':
     ('train.html#_validations', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._write_policy':
+    ('train.html#_write_policy', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train.choose_problems':
     ('train.html#choose_problems', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train.train_bgrpo':
     ('train.html#train_bgrpo', 'bgrpo_nb/recipes/train.py'),
+  },
+  'bgrpo_nb.recipes.validation': {
+   'bgrpo_nb.recipes.validation.Change':
+    ('validation.html#change', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Change.verdict':
+    ('validation.html#change.verdict', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.StartAndEnd':
+    ('validation.html#startandend', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.StartAndEnd.__init__':
+    ('validation.html#startandend.__init__', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.StartAndEnd.on_evaluate':
+    ('validation.html#startandend.on_evaluate', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.StartAndEnd.on_step_end':
+    ('validation.html#startandend.on_step_end', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator':
+    ('validation.html#validator', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.__call__':
+    ('validation.html#validator.__call__', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.__init__':
+    ('validation.html#validator.__init__', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator._logps':
+    ('validation.html#validator._logps', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator._report':
+    ('validation.html#validator._report', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.changes':
+    ('validation.html#validator.changes', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.kl_to_start':
+    ('validation.html#validator.kl_to_start', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.measure':
+    ('validation.html#validator.measure', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.remember':
+    ('validation.html#validator.remember', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation._as_logged':
+    ('validation.html#_as_logged', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation._numbers':
+    ('validation.html#_numbers', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation._parts':
+    ('validation.html#_parts', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation._value':
+    ('validation.html#_value', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.can_load_best':
+    ('validation.html#can_load_best', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.changes':
+    ('validation.html#changes', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.in_one_line':
+    ('validation.html#in_one_line', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.is_validation':
+    ('validation.html#is_validation', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.known_problems':
+    ('validation.html#known_problems', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.known_to':
+    ('validation.html#known_to', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.of_kind':
+    ('validation.html#of_kind', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.read_reports':
+    ('validation.html#read_reports', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.refuse_best':
+    ('validation.html#refuse_best', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.reports_of':
+    ('validation.html#reports_of', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.saved_step':
+    ('validation.html#saved_step', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.summary':
+    ('validation.html#summary', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.which_policy':
+    ('validation.html#which_policy', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.write_reports':
+    ('validation.html#write_reports', 'bgrpo_nb/recipes/validation.py'),
   },
   'bgrpo_nb.recommend.catalogue': {
    'bgrpo_nb.recommend.catalogue.Catalogue':
@@ -2198,6 +2258,8 @@ d = {
     ('run_readers.html#run', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._as_dict':
     ('run_readers.html#_as_dict', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers._change_metrics':
+    ('run_readers.html#_change_metrics', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._choose_study':
     ('run_readers.html#_choose_study', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._degree_metrics':

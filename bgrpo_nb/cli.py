@@ -217,6 +217,7 @@ def _report_training(command, argv, config, result):
     if reports: print(reports[0])
     if len(reports) > 1: print(reports[-1])
     if result.get("best"): print(best_table(result["best"]))
+    for line in result.get("summary", []): print(line)
     print(f"{result['step']} steps in {result['seconds']:.0f} s; the policy is in {Path(config.output_dir) / 'policy'}")
 
 # %% ../nbs/13_cli.ipynb #78048f1d

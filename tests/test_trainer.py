@@ -34,7 +34,8 @@ from bgrpo_nb.learn.arguments import check_checkpointing
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn import trainer as trainer_module
 from bgrpo_nb.learn.trainer import BGRPOTrainer
-from bgrpo_nb.recipes.train import TrainConfig, _Validator, choose_problems, train_bgrpo
+from bgrpo_nb.recipes.train import TrainConfig, choose_problems, train_bgrpo
+from bgrpo_nb.recipes.validation import Validator
 
 TESTS = Path(__file__).parent
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -380,7 +381,7 @@ def test_kl_to_start_is_that_of_the_two_policies(saved, tmp_path):
         for p in moved.parameters(): p += 0.01 * torch.randn_like(p)
     config = miniature(tmp_path, saved, max_completion_length=10, eval_strategy="no", eval_on_start=False)
     problems = generate_problems(300, 2, 2, seed=9)
-    validator = _Validator(problems, config)
+    validator = Validator(problems, config)
     trainer = BGRPOTrainer(start, by_length([]), config, prompts(), processing_class=load_tokenizer("single"))
     validator.remember(trainer)
     assert validator.kl_to_start(start) < 1e-9

@@ -90,6 +90,7 @@ from typing import Callable
 
 # %% ../../nbs/09_trainer.ipynb #9baf8d12
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from fastcore.basics import patch
 from torch import Tensor
@@ -403,6 +404,7 @@ def evaluate(self: BGRPOTrainer, eval_dataset=None, ignore_keys=None, metric_key
     start, training = time.perf_counter(), self.model.training
     self.model.eval()
     with self.averaged(), whole_model(self) as model: found = self.evaluator(model, self.processing_class)
+    found, = broadcast_object_list([found])   # processes decide by equal numbers which checkpoint is best
     found = found | dict(seconds=round(time.perf_counter() - start, 2))
     metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
     self.log(dict(metrics))
