@@ -133,7 +133,7 @@ def test_without_it_the_last_weights_are_saved_and_what_fell_is_said(policy, tmp
 
 
 @pytest.mark.parametrize("more,on", [
-    (dict(), True), (dict(held_out=0), False), (dict(save_steps=3), False), (dict(save_strategy="no"), False),
+    (dict(), True), (dict(save_steps=None, eval_steps=3), True), (dict(held_out=0), False), (dict(save_steps=3), False), (dict(save_strategy="no"), False),
     (dict(eval_strategy="no", eval_on_start=False), False), (dict(metric_for_best_model=None), False),
     (dict(metric_for_best_model="kl_to_start"), False), (dict(load_best_model_at_end=False), False)], ids=str)
 def test_it_is_on_where_it_is_possible(more, on):

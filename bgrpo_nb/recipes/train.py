@@ -128,7 +128,7 @@ class TrainConfig(BGRPOConfig):
     eval_strategy: str = setting("steps", "when to validate")
     eval_steps: float | None = setting(50, "steps between validations")
     eval_on_start: bool = setting(True, "validate before the first step")
-    save_steps: float = setting(50, "steps between checkpoints")
+    save_steps: float | None = setting(None, "steps between checkpoints; left out: eval_steps, or 50 without them")
     metric_for_best_model: str | None = setting(
         "beam_rank_score", "the checkpoint that is best by this metric is kept besides the last one; "
                            "with load_best_model_at_end it becomes the policy")
@@ -139,6 +139,7 @@ class TrainConfig(BGRPOConfig):
 
     def __post_init__(self):
         _refuse(self)
+        if self.save_steps is None: self.save_steps = self.eval_steps or 50
         if self.load_best_model_at_end is None: self.load_best_model_at_end = can_load_best(self)
         super().__post_init__()
 
