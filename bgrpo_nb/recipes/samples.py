@@ -227,6 +227,7 @@ class SampleBlocks(Dataset):
 
     def __getitem__(self, i: int) -> ProblemStream:
         "Block i in the order of training; the last one may be shorter"
+        if not 0 <= i < len(self): raise IndexError(i)
         n = min(WINDOW, self.batches - i * WINDOW) * self.batch_size
         place = (i * self.world_size + self.process_index) * WINDOW * self.batch_size
         stream = ProblemStream(self.problems(place, n), self.tokenizer)
@@ -289,6 +290,7 @@ class Batches(Dataset):
     def __len__(self): return self.blocks.batches
 
     def __getitem__(self, k: int) -> dict:
+        if not 0 <= k < len(self): raise IndexError(k)
         start = time.perf_counter()
         number, place = divmod(k, WINDOW)
         if number != self.number: self._go_to(number)
