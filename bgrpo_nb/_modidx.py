@@ -1026,12 +1026,16 @@ d = {
     ('sft.html#_trainer.looks_later', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer.train':
     ('sft.html#_trainer.train', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer.training_step':
+    ('sft.html#_trainer.training_step', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._make_trainer':
     ('sft.html#_make_trainer', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._orthonormal':
     ('sft.html#_orthonormal', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._refuse':
     ('sft.html#_refuse', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._rows_are_not_packed':
+    ('sft.html#_rows_are_not_packed', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._train':
     ('sft.html#_train', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._training_attention':

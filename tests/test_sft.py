@@ -469,9 +469,10 @@ def test_a_step_waits_for_no_number(config, monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_compiled_policy_learns_the_same(config, optimizer):
+def test_a_compiled_policy_learns_the_same(config, optimizer, monkeypatch):
     "And is not compiled again for each length"
     from torch._dynamo.utils import counters
+    monkeypatch.setattr(os, "environ", os.environ.copy())    # Transformers hands this setting on by the environment
     plain = train_policy(config("plain", max_steps=12, optimizer=optimizer, bf16=False))
     torch._dynamo.reset()
     counters.clear()

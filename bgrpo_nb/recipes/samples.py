@@ -111,7 +111,8 @@ def for_last_columns(batch: dict, # of `collate`
                      ) -> dict:   # with logits_to_keep and shift_labels, of the last columns
     "The same batch, and the same loss, with logits only from the first answer on"
     labels = batch["labels"]
-    first = int((labels != -100).any(0).nonzero()[0]) if (labels != -100).any() else labels.shape[1]
+    answered = (labels.numpy() != -100).any(0)
+    first = int(answered.argmax()) if answered.any() else labels.shape[1]
     n = labels.shape[1] - first + 1                  # the column before an answer predicts its first token
     following = torch.nn.functional.pad(labels[:, first:], (0, 1), value=-100)
     return batch | dict(logits_to_keep=n, shift_labels=following)
@@ -315,9 +316,10 @@ class Batches(Dataset):
         "Blocks from this one on"
         start = partial(_start_worker, os.getpid())
         how = dict(num_workers=self.workers, worker_init_fn=start, **self.how) if self.workers else {}
-        loader = DataLoader(_Reported(self.blocks), batch_size=None, sampler=range(number, len(self.blocks)),
-                            collate_fn=_as_it_is, generator=torch.Generator(), **how)
-        with _one_thread_a_tokenizer(): return iter(loader)
+        with warnings.catch_warnings(), _one_thread_a_tokenizer():
+            warnings.filterwarnings("ignore", ".* worker processes in total")  # the number is the user's
+            return iter(DataLoader(_Reported(self.blocks), batch_size=None, sampler=range(number, len(self.blocks)),
+                                   collate_fn=_as_it_is, generator=torch.Generator(), **how))
 
     def take_waited(self) -> float: # seconds
         "For how long batches were waited for since the last call"

@@ -46,7 +46,7 @@ __all__ = ['FIXED', 'bf16_is_native', 'SupervisedConfig', 'BatchedMuon', 'MuonAd
 # %% ../../nbs/04_sft.ipynb #df13e486
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -57,7 +57,7 @@ import torch
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim._muon import _adjust_lr
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, masking_utils
 
 # %% ../../nbs/04_sft.ipynb #f391ae31
 from ..algebra.problems import Problem, read_degrees
@@ -232,6 +232,13 @@ def exact_match(logits: torch.Tensor, # (B, n, V), of the last n of T positions
     return ((guess == asked) | (asked == -100)).all(-1)
 
 # %% ../../nbs/04_sft.ipynb #ce38fcb6
+@contextmanager
+def _rows_are_not_packed():
+    "Without a mask, Transformers reads in each forward whether rows are packed, and waits for the device; here none is"
+    find, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, lambda positions: None
+    try: yield
+    finally: masking_utils.find_packed_sequence_indices = find
+
 class _Trainer(FiniteTrainer, Trainer):
     "Hugging Face's trainer, with samples that are made while it runs, and steps that wait for nothing"
     batches = None         # of the training that runs
@@ -263,6 +270,9 @@ class _Trainer(FiniteTrainer, Trainer):
         "Whether the model gives the logits of some columns, and the loss of labels that are shifted already"
         known = "logits_to_keep" in signature(self.model.forward).parameters
         return known and self.model_accepts_loss_kwargs and self.label_smoother is None
+
+    def training_step(self, *args, **kwargs):
+        with _rows_are_not_packed(): return super().training_step(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset=None):
         "The problems for validation are in memory: no workers"
