@@ -300,7 +300,7 @@ def gradients(bench, name, dtype, groups, P, C):
     from bgrpo_nb.learn.trie import trie_logps
     model, K, repeats = bench.model(name, dtype), bench.sizes.group, bench.sizes.repeats
     ids = beams_of(model, bench.prompts(model, groups, P), K, C)
-    mask, rows_at_once = torch.ones_like(ids), 8
+    rows_at_once = 8
     model.train()
     varlen = CUDA and dtype != FP32
     forms = dict(trie=[partial(lambda m, x: trie_logps(m, x, torch.ones_like(x), C)[0], model, ids)],

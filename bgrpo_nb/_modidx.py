@@ -824,6 +824,8 @@ d = {
     ('loading.html#save_model', 'bgrpo_nb/policy/loading.py'),
   },
   'bgrpo_nb.policy.model': {
+   'bgrpo_nb.policy.model._by_table':
+    ('model.html#_by_table', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._first_unknown':
     ('model.html#_first_unknown', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._gpt2_config':
@@ -834,6 +836,8 @@ d = {
     ('model.html#_look_up', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._new_tokenizer':
     ('model.html#_new_tokenizer', 'bgrpo_nb/policy/model.py'),
+   'bgrpo_nb.policy.model._numbered':
+    ('model.html#_numbered', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._pieces':
     ('model.html#_pieces', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._text':

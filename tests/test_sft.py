@@ -296,6 +296,22 @@ def test_a_file_is_repeated_in_another_order(config, tmp_path):
     assert source(13, 31) == (passes[0] + passes[1] + passes[2])[13:44]
 
 
+def test_words_are_looked_up_as_the_tokenizer_splits_them():
+    "All at once, also at odd white space; a word that is not in the vocabulary is left to the tokenizer"
+    import random
+
+    from bgrpo_nb.policy import model
+    for name in ("single", "multi"):
+        tokenizer, rng = load_tokenizer(name), random.Random(0)
+        words, spaces = list(tokenizer.get_vocab()), [" ", "  ", "\t", "\n", "\x0b"]
+        texts = ["".join(rng.choice(spaces) + rng.choice(words) for _ in range(rng.randrange(9))) for _ in range(300)]
+        found = model._by_table(tokenizer.get_vocab(), texts)
+        assert model._is_a_lookup(tokenizer) and found == tokenizer(texts, add_special_tokens=False).input_ids
+        for odd in ("zz", "a\u00a0a", "a\x1ca", "a\x00", "\x00", "averylongword", "⁇⁇"):
+            assert model._by_table(tokenizer.get_vocab(), ["P 1", odd]) is None, repr(odd)
+        assert model._by_table(tokenizer.get_vocab(), ["", "P", ""]) == [[], [tokenizer.get_vocab()["P"]], []]
+
+
 class Broken:
     def __init__(self, at): self.at = at
     def __call__(self, start, n):

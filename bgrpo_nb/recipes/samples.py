@@ -73,7 +73,7 @@ class ProblemStream(Dataset):
             some = problems[start:start + 4096]
             prompts = tokenize(tokenizer, [p.prompt for p in some])
             answers = tokenize(tokenizer, [p.answer for p in some], special_tokens=False)
-            self.rows += [np.array([*prompt, *answer, end], dtype) for prompt, answer in zip(prompts, answers)]
+            self.rows += [np.array(prompt + answer + [end], dtype) for prompt, answer in zip(prompts, answers)]
             self.prompt_lengths += map(len, prompts)
 
     def __len__(self): return len(self.rows)
@@ -206,9 +206,9 @@ class OfFile:
     def __call__(self, start: int, n: int) -> list[Problem]:
         "Samples start to start + n"
         size, found = len(self.rest), []
-        for time in range(start // size, (start + n - 1) // size + 1):   # passes over the file
-            order = np.random.default_rng([self.seed, time]).permutation(size)
-            first = time * size
+        for turn in range(start // size, (start + n - 1) // size + 1):   # passes over the file
+            order = np.random.default_rng([self.seed, turn]).permutation(size)
+            first = turn * size
             found += [self.rest[i] for i in order[max(start - first, 0):start + n - first]]
         return found
 

@@ -147,8 +147,8 @@ def _refuse(c: SupervisedConfig):
     check_ranges(c)
     for text in c.degrees: read_degrees(text)
     if not c.dataloader_in_order:
-        raise ValueError("dataloader_in_order=False would make the samples depend on the speed of the workers; leave it "
-                         "on")
+        raise ValueError("dataloader_in_order=False would make the samples depend on the speed of the workers; "
+                         "leave it on")
     if c.train_sampling_strategy != "random":
         raise ValueError(f"train_sampling_strategy={c.train_sampling_strategy!r} has no meaning here, because samples "
                          "come in an order of their own, sorted by length within a block; leave it out")
@@ -235,7 +235,8 @@ def exact_match(logits: torch.Tensor, # (B, n, V), of the last n of T positions
 @contextmanager
 def _rows_are_not_packed():
     "Without a mask, Transformers reads in each forward whether rows are packed, and waits for the device; here none is"
-    find, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, lambda positions: None
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda positions: None
     try: yield
     finally: masking_utils.find_packed_sequence_indices = find
 
@@ -324,9 +325,10 @@ def _training_attention(config, model) -> str:
 def _make_trainer(config, model, tokenizer, train: SampleBlocks, held_out: list[Problem], callbacks) -> Trainer:
     "A trainer that validates by exact match"
     def metrics(found): return {"exact_match": float(found.predictions.mean())}
-    trainer = _Trainer(model=model, args=config, processing_class=tokenizer, data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
-                       train_dataset=train, eval_dataset=ProblemStream(held_out, tokenizer),
-                       preprocess_logits_for_metrics=exact_match, compute_metrics=metrics, callbacks=callbacks)
+    finish = partial(collate, pad_token_id=tokenizer.pad_token_id)
+    trainer = _Trainer(model=model, args=config, processing_class=tokenizer, data_collator=finish, train_dataset=train,
+                       eval_dataset=ProblemStream(held_out, tokenizer), preprocess_logits_for_metrics=exact_match,
+                       compute_metrics=metrics, callbacks=callbacks)
     guard_wandb(trainer)
     show_progress(trainer, "loss", "eval_exact_match")
     return trainer
