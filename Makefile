@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-oldest soak load setup lab explorers docs export bench study
+.PHONY: demo test test-oldest soak load setup lab explorers docs export bench bench-all study
 
 demo: $(READY)
 	@$(BIN)/bgrpo demo
@@ -57,8 +57,12 @@ docs: $(READY)
 export: $(READY)
 	@$(BIN)/python nbs/_build/sync.py
 
-# Every benchmark, one after the other, on a machine that does nothing else
+# Searches, gradients and steps against their rivals, on the GPU if there is one; `make bench ARGS=--quick` in 90 seconds
 bench: $(READY)
+	@$(BIN)/python benchmarks/bench_device.py $(ARGS)
+
+# Every benchmark, one after the other, on a machine that does nothing else
+bench-all: $(READY)
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
 # BGRPO against GRPO at the size of `tiny`: problems, six sweeps, one analysis, and what the tutorial loads

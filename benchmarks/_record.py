@@ -49,11 +49,12 @@ def peak_gib():
     return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20, 2)
 
 
-def record(name, results):
-    "Write `results` to benchmarks/results/NAME.json and print its path"
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def record(name, results, folder=None, say=True):
+    "Write `results` to NAME.json in benchmarks/results or another folder, and print its path"
+    folder = RESULTS if folder is None else Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     provenance = dict(date=time.strftime("%Y-%m-%d"), commit=commit(), machine=machine(), versions=versions())
     path.write_text(json.dumps(provenance | dict(results=results), indent=1) + "\n")
-    print(f"recorded in {path.relative_to(RESULTS.parent.parent)}")
+    if say: print(f"recorded in {os.path.relpath(path)}")
     return path

@@ -115,7 +115,10 @@ polynomials.
 - `recipes.demo`: A policy that knows degree 2∘2 learns 3∘2 from its own beams, and is measured before and after.
 - `recipes.flags`: What somebody typed or wrote in a YAML file becomes a config, read as it was meant, or refused
   in one line.
-- `recipes.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
+- `recipes.samples`: Worker processes make the problems of a training while it runs: the same ones for every number
+  of workers.
+- `recipes.sft`: A policy learns to write the canonical inner polynomial, from problems that are made while it
+  learns.
 - `recipes.train`: Problems are chosen, a policy is trained by its beams, validated and saved: what `bgrpo train`
   does.
 - `recipes.validation`: A policy is measured before, during and after a run, on new problems and on what it knew;

@@ -460,6 +460,10 @@ d = {
     ('finite.html#finitetrainer._everywhere', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite.FiniteTrainer._get_grad_norm':
     ('finite.html#finitetrainer._get_grad_norm', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._look_at':
+    ('finite.html#finitetrainer._look_at', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite.FiniteTrainer._look_later':
+    ('finite.html#finitetrainer._look_later', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite.FiniteTrainer._maybe_log_save_evaluate':
     ('finite.html#finitetrainer._maybe_log_save_evaluate', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite.FiniteTrainer._stop':
@@ -470,6 +474,12 @@ d = {
     ('finite.html#finitetrainer.training_step', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite.NotFinite':
     ('finite.html#notfinite', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite._OnItsWay':
+    ('finite.html#_onitsway', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite._OnItsWay.__init__':
+    ('finite.html#_onitsway.__init__', 'bgrpo_nb/learn/finite.py'),
+   'bgrpo_nb.learn.finite._OnItsWay.numbers':
+    ('finite.html#_onitsway.numbers', 'bgrpo_nb/learn/finite.py'),
    'bgrpo_nb.learn.finite._largest':
     ('finite.html#_largest', 'bgrpo_nb/learn/finite.py'),
   },
@@ -882,6 +892,8 @@ d = {
     ('loading.html#save_model', 'bgrpo_nb/policy/loading.py'),
   },
   'bgrpo_nb.policy.model': {
+   'bgrpo_nb.policy.model._by_table':
+    ('model.html#_by_table', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._first_unknown':
     ('model.html#_first_unknown', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._gpt2_config':
@@ -892,6 +904,8 @@ d = {
     ('model.html#_look_up', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._new_tokenizer':
     ('model.html#_new_tokenizer', 'bgrpo_nb/policy/model.py'),
+   'bgrpo_nb.policy.model._numbered':
+    ('model.html#_numbered', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._pieces':
     ('model.html#_pieces', 'bgrpo_nb/policy/model.py'),
    'bgrpo_nb.policy.model._text':
@@ -951,7 +965,101 @@ d = {
    'bgrpo_nb.recipes.flags.unknown_flag':
     ('flags.html#unknown_flag', 'bgrpo_nb/recipes/flags.py'),
   },
+  'bgrpo_nb.recipes.samples': {
+   'bgrpo_nb.recipes.samples.Batches':
+    ('samples.html#batches', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Batches.__getitem__':
+    ('samples.html#batches.__getitem__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Batches.__init__':
+    ('samples.html#batches.__init__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Batches.__len__':
+    ('samples.html#batches.__len__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Batches._from':
+    ('samples.html#batches._from', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Batches._go_to':
+    ('samples.html#batches._go_to', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Batches.close':
+    ('samples.html#batches.close', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Batches.take_waited':
+    ('samples.html#batches.take_waited', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Generated':
+    ('samples.html#generated', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Generated.__call__':
+    ('samples.html#generated.__call__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Generated.__init__':
+    ('samples.html#generated.__init__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Generated._check_number':
+    ('samples.html#generated._check_number', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Generated.make':
+    ('samples.html#generated.make', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.Generated.share':
+    ('samples.html#generated.share', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.OfFile':
+    ('samples.html#offile', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.OfFile.__call__':
+    ('samples.html#offile.__call__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.OfFile.__init__':
+    ('samples.html#offile.__init__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.ProblemStream':
+    ('samples.html#problemstream', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.ProblemStream.__getitem__':
+    ('samples.html#problemstream.__getitem__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.ProblemStream.__getstate__':
+    ('samples.html#problemstream.__getstate__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.ProblemStream.__init__':
+    ('samples.html#problemstream.__init__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.ProblemStream.__len__':
+    ('samples.html#problemstream.__len__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.ProblemStream.__setstate__':
+    ('samples.html#problemstream.__setstate__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.ProblemStream.reorder':
+    ('samples.html#problemstream.reorder', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.SampleBlocks':
+    ('samples.html#sampleblocks', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.SampleBlocks.__getitem__':
+    ('samples.html#sampleblocks.__getitem__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.SampleBlocks.__len__':
+    ('samples.html#sampleblocks.__len__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._Reported':
+    ('samples.html#_reported', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._Reported.__getitem__':
+    ('samples.html#_reported.__getitem__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._Reported.__init__':
+    ('samples.html#_reported.__init__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._Reported.__len__':
+    ('samples.html#_reported.__len__', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._as_it_is':
+    ('samples.html#_as_it_is', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._first':
+    ('samples.html#_first', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._one_thread_a_tokenizer':
+    ('samples.html#_one_thread_a_tokenizer', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._pairs':
+    ('samples.html#_pairs', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._read_answered':
+    ('samples.html#_read_answered', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples._start_worker':
+    ('samples.html#_start_worker', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.bucketed_order':
+    ('samples.html#bucketed_order', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.collate':
+    ('samples.html#collate', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.default_workers':
+    ('samples.html#default_workers', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.for_last_columns':
+    ('samples.html#for_last_columns', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.in_order':
+    ('samples.html#in_order', 'bgrpo_nb/recipes/samples.py'),
+   'bgrpo_nb.recipes.samples.make_samples':
+    ('samples.html#make_samples', 'bgrpo_nb/recipes/samples.py'),
+  },
   'bgrpo_nb.recipes.sft': {
+   'bgrpo_nb.recipes.sft.BatchedMuon':
+    ('sft.html#batchedmuon', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft.BatchedMuon._step':
+    ('sft.html#batchedmuon._step', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft.BatchedMuon.step':
+    ('sft.html#batchedmuon.step', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.MuonAdamW':
     ('sft.html#muonadamw', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.MuonAdamW.__init__':
@@ -964,60 +1072,50 @@ d = {
     ('sft.html#muonadamw.state_dict', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.MuonAdamW.step':
     ('sft.html#muonadamw.step', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft.ProblemStream':
-    ('sft.html#problemstream', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft.ProblemStream.__getitem__':
-    ('sft.html#problemstream.__getitem__', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft.ProblemStream.__init__':
-    ('sft.html#problemstream.__init__', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft.ProblemStream.__len__':
-    ('sft.html#problemstream.__len__', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft.ProblemStream.reorder':
-    ('sft.html#problemstream.reorder', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.SupervisedConfig':
     ('sft.html#supervisedconfig', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.SupervisedConfig.__post_init__':
     ('sft.html#supervisedconfig.__post_init__', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer':
     ('sft.html#_trainer', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft._Trainer._get_train_sampler':
-    ('sft.html#_trainer._get_train_sampler', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer._finish':
+    ('sft.html#_trainer._finish', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer._save_checkpoint':
     ('sft.html#_trainer._save_checkpoint', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer._save_rng_state':
     ('sft.html#_trainer._save_rng_state', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer._takes_last_columns':
+    ('sft.html#_trainer._takes_last_columns', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer.create_optimizer':
     ('sft.html#_trainer.create_optimizer', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer.get_eval_dataloader':
+    ('sft.html#_trainer.get_eval_dataloader', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer.get_train_dataloader':
+    ('sft.html#_trainer.get_train_dataloader', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer.log':
+    ('sft.html#_trainer.log', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer.looks_later':
+    ('sft.html#_trainer.looks_later', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer.train':
     ('sft.html#_trainer.train', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft._generate':
-    ('sft.html#_generate', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft._generated_samples':
-    ('sft.html#_generated_samples', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._Trainer.training_step':
+    ('sft.html#_trainer.training_step', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._make_trainer':
     ('sft.html#_make_trainer', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft._read_answered':
-    ('sft.html#_read_answered', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._orthonormal':
+    ('sft.html#_orthonormal', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._refuse':
     ('sft.html#_refuse', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft._samples_of_file':
-    ('sft.html#_samples_of_file', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft._share':
-    ('sft.html#_share', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._rows_are_not_packed':
+    ('sft.html#_rows_are_not_packed', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._train':
     ('sft.html#_train', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._training_attention':
     ('sft.html#_training_attention', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.bf16_is_native':
     ('sft.html#bf16_is_native', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft.bucketed_order':
-    ('sft.html#bucketed_order', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft.collate':
-    ('sft.html#collate', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.exact_match':
     ('sft.html#exact_match', 'bgrpo_nb/recipes/sft.py'),
-   'bgrpo_nb.recipes.sft.make_samples':
-    ('sft.html#make_samples', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.start_policy':
     ('sft.html#start_policy', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.train_policy':

@@ -128,7 +128,7 @@ def visible_gpus():
     return [str(i) for i in range(len(gpus))]
 
 
-def _usable_cores():
+def usable_cores():
     "How many cores this process may use"
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -138,7 +138,7 @@ def shares(workers, gpus, threads=None):
 
     `gpus`: names as in CUDA_VISIBLE_DEVICES; an empty list hides all GPUs, None leaves the variable as it is.
     `threads`: for each worker; without it OMP_NUM_THREADS decides, and without that the number of cores."""
-    threads = threads or os.environ.get("OMP_NUM_THREADS") or max(1, _usable_cores() // workers)
+    threads = threads or os.environ.get("OMP_NUM_THREADS") or max(1, usable_cores() // workers)
     environments = [dict(OMP_NUM_THREADS=str(threads)) for _ in range(workers)]
     if gpus is not None:
         for i, environment in enumerate(environments):

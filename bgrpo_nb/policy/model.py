@@ -42,6 +42,7 @@ from functools import lru_cache
 from typing import Sequence
 
 # %% ../../nbs/02_model.ipynb #37c27a05
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
@@ -119,15 +120,40 @@ def load_tokenizer(name_or_path="single", # a vocabulary, a bundled policy's nam
 def _is_a_lookup(tokenizer) -> bool:
     "Whether the ids of a text are those of its words, one by one"
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or backend.normalizer or backend.post_processor: return False
+    if backend is None or backend.normalizer or backend.num_special_tokens_to_add(False): return False
     return isinstance(backend.model, WordLevel) and isinstance(backend.pre_tokenizer, WhitespaceSplit)
+
+_WHITE = np.zeros(256, bool) # bytes at which a tokenizer splits
+_WHITE[[*range(9, 14), 32]] = True
+
+def _numbered(words: list[bytes]) -> np.ndarray: # (n,) uint64
+    "A word of at most eight bytes as one number"
+    return np.array(words, "S8").view(np.uint64)
+
+def _by_table(ids: dict[str, int], texts: Sequence[str]) -> list[list[int]] | None: # None: a word is not in the table
+    "Token ids of texts, all words at once"
+    encoded = [text.encode() for text in texts]
+    data = np.frombuffer(b" ".join(encoded) + bytes([32]) * 9, np.uint8)
+    inside = ~_WHITE[data]
+    edges = np.flatnonzero(np.diff(inside, prepend=False))
+    starts, lengths = edges[::2], edges[1::2] - edges[::2]
+    if lengths.max(initial=0) > 8 or not data.all(): return None    # a zero byte would look like the end of a word
+    letters = np.zeros((len(starts), 8), np.uint8)
+    for k in range(lengths.max(initial=0)): letters[:, k] = np.where(k < lengths, data[starts + k], 0)
+    asked = letters.view(np.uint64)[:, 0]
+    short = {word.encode(): number for word, number in ids.items() if len(word.encode()) <= 8 and word}
+    known, numbers = _numbered(list(short)), np.array(list(short.values()))
+    order = np.argsort(known)
+    at = np.minimum(np.searchsorted(known, asked, sorter=order), len(known) - 1)
+    if not (known[order[at]] == asked).all(): return None
+    first = np.cumsum([0, *(len(text) + 1 for text in encoded)])[1:-1]     # where each text but the first begins
+    return [part.tolist() for part in np.split(numbers[order[at]], np.searchsorted(starts, first))]
 
 def _look_up(tokenizer, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
     "Token ids; fails with the tokenizer's own error at an unknown word"
     if _is_a_lookup(tokenizer): # several times faster
-        ids = tokenizer.get_vocab()
-        try: return [[ids[word] for word in text.split()] for text in texts]
-        except KeyError: pass   # let the tokenizer decide
+        found = _by_table(tokenizer.get_vocab(), texts) if texts else []
+        if found is not None: return found     # else the tokenizer decides
     return tokenizer(list(texts), add_special_tokens=special_tokens, return_attention_mask=False).input_ids
 
 def tokenize(tokenizer, texts: Sequence[str],
