@@ -34,6 +34,8 @@ Folders and modules, from the ground up:
 - `search.beam_rows`: Each beam as a row of a batch with a cache of its own, for models that cannot grow a tree.
 - `search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt is read once, each token is stored
   once.
+- `search.captured`: The step of a search recorded once as a CUDA graph, and replayed by all searches of like
+  shape.
 - `search.constraints`: Searches that can write nothing else: one interface for grammars and finite sets, in
   search, sampling and training.
 - `search.custom_generate`: The search as Transformers' own plug-in: `model.generate(...,
@@ -42,6 +44,7 @@ Folders and modules, from the ground up:
   Transformers.
 - `search.generation_settings`: The names of `generate`, such as top_p and stop_strings, for searches: each is
   obeyed, or refused in one line.
+- `search.memory`: What does not fit is halved and tried again.
 - `search.packed_weights`: A guide to the key-value cache; then packed weights, compiled and captured steps, and
   what each of them costs.
 

@@ -1216,6 +1216,8 @@ d = {
     ('beam_tree.html#treecache.__init__', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.TreeCache.advance':
     ('beam_tree.html#treecache.advance', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.TreeCache.copy_prompts':
+    ('beam_tree.html#treecache.copy_prompts', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.TreeCache.keep_nodes':
     ('beam_tree.html#treecache.keep_nodes', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.TreeCache.keep_prompts':
@@ -1236,6 +1238,8 @@ d = {
     ('beam_tree.html#_treelayer.choose', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.compact':
     ('beam_tree.html#_treelayer.compact', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._TreeLayer.copy':
+    ('beam_tree.html#_treelayer.copy', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.filled':
     ('beam_tree.html#_treelayer.filled', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.get_seq_length':
@@ -1278,6 +1282,94 @@ d = {
     ('beam_tree.html#why_no_tree', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.without_wrappers':
     ('beam_tree.html#without_wrappers', 'bgrpo_nb/search/beam_tree.py'),
+  },
+  'bgrpo_nb.search.captured': {
+   'bgrpo_nb.search.captured.FilledTree':
+    ('captured_search.html#filledtree', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree.__init__':
+    ('captured_search.html#filledtree.__init__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree._fill':
+    ('captured_search.html#filledtree._fill', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree.hold':
+    ('captured_search.html#filledtree.hold', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree.let_go':
+    ('captured_search.html#filledtree.let_go', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree.read_prompts':
+    ('captured_search.html#filledtree.read_prompts', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Form':
+    ('captured_search.html#form', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording':
+    ('captured_search.html#recording', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording.__init__':
+    ('captured_search.html#recording.__init__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording._stop':
+    ('captured_search.html#recording._stop', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording._watch':
+    ('captured_search.html#recording._watch', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording.step':
+    ('captured_search.html#recording.step', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch':
+    ('captured_search.html#_watch', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch.__init__':
+    ('captured_search.html#_watch.__init__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch.__torch_dispatch__':
+    ('captured_search.html#_watch.__torch_dispatch__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch._obstacle':
+    ('captured_search.html#_watch._obstacle', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch._seen':
+    ('captured_search.html#_watch._seen', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._bytes':
+    ('captured_search.html#_bytes', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._difference':
+    ('captured_search.html#_difference', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._is_known':
+    ('captured_search.html#_is_known', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._kept':
+    ('captured_search.html#_kept', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._kind':
+    ('captured_search.html#_kind', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._limit':
+    ('captured_search.html#_limit', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._most_bytes':
+    ('captured_search.html#_most_bytes', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._of_model':
+    ('captured_search.html#_of_model', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._of_processors':
+    ('captured_search.html#_of_processors', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._own':
+    ('captured_search.html#_own', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._place':
+    ('captured_search.html#_place', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._record':
+    ('captured_search.html#_record', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._settings':
+    ('captured_search.html#_settings', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._surroundings':
+    ('captured_search.html#_surroundings', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._tensors':
+    ('captured_search.html#_tensors', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._waits':
+    ('captured_search.html#_waits', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._weights':
+    ('captured_search.html#_weights', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.borrowed':
+    ('captured_search.html#borrowed', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.bucket':
+    ('captured_search.html#bucket', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.cast_copies':
+    ('captured_search.html#cast_copies', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.choose_form':
+    ('captured_search.html#choose_form', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.facts':
+    ('captured_search.html#facts', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.facts_of':
+    ('captured_search.html#facts_of', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.of_scores_alone':
+    ('captured_search.html#of_scores_alone', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.release_graphs':
+    ('captured_search.html#release_graphs', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.why_not_recorded':
+    ('captured_search.html#why_not_recorded', 'bgrpo_nb/search/captured.py'),
   },
   'bgrpo_nb.search.constraints': {
    'bgrpo_nb.search.constraints.Constraint':
@@ -1348,10 +1440,14 @@ d = {
     ('generation.html#beams._repr_html_', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.Beams._table':
     ('generation.html#beams._table', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._Asked':
+    ('generation.html#_asked', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding':
     ('generation.html#_decoding', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.__init__':
     ('generation.html#_decoding.__init__', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._Decoding._choices_in':
+    ('generation.html#_decoding._choices_in', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding._leave':
     ('generation.html#_decoding._leave', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding._of':
@@ -1364,8 +1460,12 @@ d = {
     ('generation.html#_decoding._texts', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding._update':
     ('generation.html#_decoding._update', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._Decoding.begin':
+    ('generation.html#_decoding.begin', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.choices':
     ('generation.html#_decoding.choices', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._Decoding.draw':
+    ('generation.html#_decoding.draw', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.forward':
     ('generation.html#_decoding.forward', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._Decoding.log_probs':
@@ -1382,14 +1482,14 @@ d = {
     ('generation.html#_decoding.write', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._as_list':
     ('generation.html#_as_list', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._best':
+    ('generation.html#_best', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._best_candidates':
     ('generation.html#_best_candidates', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._captured':
     ('generation.html#_captured', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check':
     ('generation.html#_check', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._check_capture':
-    ('generation.html#_check_capture', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_family':
     ('generation.html#_check_family', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_prompts':
@@ -1398,18 +1498,24 @@ d = {
     ('generation.html#_counts_rows', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._draw':
     ('generation.html#_draw', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._ids':
-    ('generation.html#_ids', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._find':
+    ('generation.html#_find', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._inference':
     ('generation.html#_inference', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._joined':
+    ('generation.html#_joined', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._list_of':
+    ('generation.html#_list_of', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._over':
+    ('generation.html#_over', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._run':
     ('generation.html#_run', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._search':
     ('generation.html#_search', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._tree':
-    ('generation.html#_tree', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._warn_once':
     ('generation.html#_warn_once', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._without_tree':
+    ('generation.html#_without_tree', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.beam_search':
     ('generation.html#beam_search', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.check_length':
@@ -1441,7 +1547,21 @@ d = {
    'bgrpo_nb.search.generation_settings.search_arguments':
     ('generation_settings.html#search_arguments', 'bgrpo_nb/search/generation_settings.py'),
   },
+  'bgrpo_nb.search.memory': {
+   'bgrpo_nb.search.memory.free_memory':
+    ('out_of_memory.html#free_memory', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.halved':
+    ('out_of_memory.html#halved', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.in_parts':
+    ('out_of_memory.html#in_parts', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.is_out_of_memory':
+    ('out_of_memory.html#is_out_of_memory', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.rewound':
+    ('out_of_memory.html#rewound', 'bgrpo_nb/search/memory.py'),
+  },
   'bgrpo_nb.search.packed_weights': {
+   'bgrpo_nb.search.packed_weights._cast':
+    ('fast_search.html#_cast', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._cast_once':
     ('fast_search.html#_cast_once', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._fits':
@@ -1450,8 +1570,6 @@ d = {
     ('fast_search.html#_forwards', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._groups':
     ('fast_search.html#_groups', 'bgrpo_nb/search/packed_weights.py'),
-   'bgrpo_nb.search.packed_weights._in_dtype':
-    ('fast_search.html#_in_dtype', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._is_plain':
     ('fast_search.html#_is_plain', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._joined':
@@ -1466,6 +1584,8 @@ d = {
     ('fast_search.html#_out_by_in', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._pack':
     ('fast_search.html#_pack', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._refresh':
+    ('fast_search.html#_refresh', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._shape':
     ('fast_search.html#_shape', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights.forget_packed':

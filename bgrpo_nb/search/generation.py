@@ -59,8 +59,9 @@ __all__ = ['P', 'Beams', 'check_length', 'beam_search', 'greedy', 'sample']
 # %% ../../nbs/03_generation.ipynb #a9feca5c
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec
+from weakref import WeakKeyDictionary
 
 # %% ../../nbs/03_generation.ipynb #09343df7
 import torch
@@ -72,7 +73,11 @@ from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, 
 # %% ../../nbs/03_generation.ipynb #ded3d7f8
 from .beam_rows import WholeTexts, on_rows, why_no_cache
 from .beam_tree import BeamTree, in_eval_mode, why_no_tree, without_wrappers
+from bgrpo_nb.search.captured import (
+    FilledTree, Recording, borrowed, bucket, cast_copies, choose_form, facts, facts_of, of_scores_alone,
+    why_not_recorded)
 from .constraints import Constraint, at_choices, from_choices
+from .memory import in_parts, rewound
 from .packed_weights import forget_packed, packed_linears
 
 # %% ../../nbs/03_generation.ipynb #d88e1ec3
@@ -157,17 +162,15 @@ def _check(model, input_ids, attention_mask, width, max_new_tokens, eos_token_id
     attention_mask = _check_prompts(input_ids, attention_mask)
     if width < 1: raise ValueError(f"a width of {width} finds nothing; use 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens={max_new_tokens} writes nothing; use 1 or more")
-    C, ends = max_new_tokens, _ids(eos_token_id, "cpu").tolist()
-    if constraint is not None: C = constraint.fitted(len(input_ids), C, ends)
+    C = max_new_tokens
+    if constraint is not None: C = constraint.fitted(len(input_ids), C, _list_of(eos_token_id))
     check_length(model, int(attention_mask.sum(1).max()) + C)
     return attention_mask, C
 
-def _ids(eos_token_id, device) -> Tensor: # (n,) long
+def _list_of(eos_token_id) -> list[int]:
     "End tokens from one id, several, or None"
-    if eos_token_id is None: ids = []
-    elif isinstance(eos_token_id, int): ids = [eos_token_id]
-    else: ids = list(eos_token_id)
-    return torch.tensor(ids, dtype=torch.long, device=device)
+    if eos_token_id is None: return []
+    return [eos_token_id] if isinstance(eos_token_id, int) else [int(i) for i in eos_token_id]
 
 # %% ../../nbs/03_generation.ipynb #c58b1053
 P = ParamSpec("P")
@@ -205,30 +208,44 @@ def _best_candidates(scores: Tensor, # (B, K) nats; -inf where there is no beam
     return best, parents, tokens.masked_fill(stays, pad), stays
 
 # %% ../../nbs/03_generation.ipynb #93cc4663
+class _Asked(NamedTuple):
+    "What a search is asked for"
+    K: int         # beams or samples of each prompt
+    C: int         # tokens at most
+    eos: list[int] # end tokens
+    pad: int
+    pick: Callable # a search writes a token of every beam
+    temperature: float | None = None # of samples; None: beams
+    processor: LogitsProcessorList | None = None
+    criteria: StoppingCriteriaList | None = None
+    constraint: Constraint | None = None
+
 class _Decoding:
     "B prompts with K beams each: what they have written, and how to write more"
-    def __init__(self, tree,
-                 scores: Tensor, # (B, K): 0 for beams that exist from the start, -inf for empty ones
-                 C: int, eos: Tensor, pad: int, processor, criteria, constraint):
-        (B, K), device = scores.shape, scores.device
-        self.tree, self.static, self.eos, self.pad = tree, tree.static, eos, pad
-        self.processor, self.criteria, self.constraint = processor, criteria, constraint
+    def __init__(self, tree, asked: _Asked, device):
+        self.tree, self.asked, self.static = tree, asked, tree.static
+        self.eos = torch.tensor(asked.eos, dtype=torch.long, device=device)
+        self.noise_of = {}                                       # number of choices W -> (B, K, W), with static shapes
+
+    def begin(self, state: Tensor, # (B,) long: of the constraint
+              generator: torch.Generator | None = None): # of samples
+        "Nothing has been written"
+        (B,), (K, C, *_), device = state.shape, self.asked, state.device
+        self.generator, self.step = generator, 0                 # tokens that every open beam has written
         self.rows = torch.arange(B, device=device)               # the prompts that are still in the batch
-        self.step = 0                                            # tokens that every open beam has written
-        self.column = torch.zeros(1, 1, 1, dtype=torch.long, device=device) # the same number, on the device
-        self.scores, self.ended = scores, scores == -torch.inf
-        self.written = torch.full((B, K, C), pad, device=device)
-        self.tokens = torch.full((B, K), pad, device=device)     # the last ones
-        self.lengths = torch.zeros(B, K, dtype=torch.long, device=device)
-        self.ancestors = tree.paths(K)
-        state = torch.zeros_like(self.rows) if constraint is None else constraint.to(device).start(B)
-        self.state = state[:, None].repeat(1, K)                 # of the constraint
-        self.order = self._open_first()
-        self.out = Beams(self.written.clone(), scores.clone(), self.lengths.clone()) # of prompts that have left
+        nothing = torch.full((B, K, C), self.asked.pad, device=device)
+        scores, column = torch.zeros(B, K, device=device), torch.zeros(1, 1, 1, dtype=torch.long, device=device)
+        if self.asked.temperature is None: scores[:, 1:] = -torch.inf # one beam; all others are empty
+        self._update(scores=scores, ended=scores == -torch.inf, written=nothing, ancestors=self.tree.paths(K),
+                     tokens=nothing[..., 0].clone(), lengths=torch.zeros_like(scores, dtype=torch.long),
+                     state=state[:, None].repeat(1, K), column=column, # the step, on the device
+                     broken=torch.zeros((), dtype=torch.bool, device=device)) # whether chances were not numbers
+        self._update(order=self._open_first())
+        self.out = Beams(nothing.clone(), scores.clone(), self.lengths.clone()) # of prompts that have left
 
     def _open_first(self) -> Tensor: # (B, Q) long
         "The beams to forward: all with static shapes, else only as many as are open"
-        if self.static: return torch.arange(self.ended.shape[1], device=self.ended.device).expand_as(self.ended)
+        if self.static: return torch.arange(self.asked.K, device=self.ended.device).repeat(len(self.ended), 1)
         most = int((~self.ended).sum(1).max())
         return self.ended.int().argsort(dim=1, stable=True)[:, :most]
 
@@ -238,22 +255,22 @@ class _Decoding:
     def _update(self, **new):
         "New state; written in place with static shapes, because a captured step reads the same memory each time"
         for name, x in new.items():
-            if self.static: getattr(self, name).copy_(x)
+            if self.static and hasattr(self, name): getattr(self, name).copy_(x)
             else: setattr(self, name, x)
 
 # %% ../../nbs/03_generation.ipynb #179dab9b
 @patch
 def write(self:_Decoding, scores, parents, tokens, ended): # (B, K) each
     "Every beam continues its parent by a token"
-    at = self.column.expand(*tokens.shape, 1)
+    at, constraint = self.column.expand(*tokens.shape, 1), self.asked.constraint
     written = self._of(self.written, parents).scatter(2, at, tokens[..., None])
     ends_here = (tokens[..., None] == self.eos).any(-1)
-    if self.criteria:
+    if self.asked.criteria:
         texts = self._texts(written[..., :self.step + 1])
-        ends_here = ends_here | self.criteria(texts, None).view_as(ended)
-    if self.constraint is not None:
-        state = self.constraint.advance(self.state.gather(1, parents), tokens)
-        ends_here = ends_here | self.constraint.complete(state)
+        ends_here = ends_here | self.asked.criteria(texts, None).view_as(ended)
+    if constraint is not None:
+        state = constraint.advance(self.state.gather(1, parents), tokens)
+        ends_here = ends_here | constraint.complete(state)
         self._update(state=state)
     self._update(scores=scores, tokens=tokens, written=written, column=self.column + 1,
                  lengths=self.lengths.gather(1, parents) + ~ended,
@@ -269,7 +286,8 @@ def _texts(self:_Decoding, written): # (B, Q, n) -> (B * Q, P + n)
 @patch
 def read_prompts(self:_Decoding):
     "Logits of the first token, the same for all beams of a prompt"
-    self.logits = self.tree.read_prompts()[:, None].expand(-1, self.order.shape[1], -1).contiguous()
+    logits = self.tree.read_prompts()
+    self._update(logits=logits[:, None].expand(-1, self.order.shape[1], -1).contiguous())
 
 @patch
 def forward(self:_Decoding):
@@ -282,26 +300,31 @@ def forward(self:_Decoding):
     self._update(logits=logits, ancestors=seen)
 
 @patch
+def _choices_in(self:_Decoding, state): # (B, Q) long -> as in `choices`
+    depth = min(self.step, 1) if self.static else self.step      # with static shapes all later steps are alike
+    return self.asked.constraint.choices(state, self.logits.shape[-1], depth)
+
+@patch
 def choices(self:_Decoding): # tokens (B, Q, W) long, or None: all V; and which may be written, (B, Q, W), or None: all
     "What the constraint leaves to each open beam"
-    if self.constraint is None: return None, None
-    state = self.state.gather(1, self.order)
-    tokens, allowed = self.constraint.choices(state, self.logits.shape[-1], self.step)
+    if self.asked.constraint is None: return None, None
+    tokens, allowed = self._choices_in(self.state.gather(1, self.order))
     return tokens, allowed | self.ended.gather(1, self.order)[..., None] # an ended beam writes, and nobody reads it
 
 @patch
 def log_probs(self:_Decoding, tokens, allowed) -> Tensor: # (B, Q, W)
     "Of the tokens that may come next"
-    if self.constraint is None: return self.logits.log_softmax(-1)
-    return self.constraint.log_probs(self.logits, tokens, allowed)
+    if self.asked.constraint is None: return self.logits.log_softmax(-1)
+    return self.asked.constraint.log_probs(self.logits, tokens, allowed)
 
 @patch
 def process(self:_Decoding, x, tokens, allowed): # (B, Q, W), the same
     "What the logits processors make of logits, or of log-probabilities"
-    if not self.processor: return x
-    texts = self._texts(self._of(self.written, self.order)[..., :self.step])
+    if not self.asked.processor: return x
+    alone = all(map(of_scores_alone, self.asked.processor))
+    texts = None if alone else self._texts(self._of(self.written, self.order)[..., :self.step])
     whole = from_choices(x, tokens, self.logits.shape[-1])
-    return at_choices(self.processor(texts, whole.flatten(0, 1)).view_as(whole), tokens, allowed)
+    return at_choices(self.asked.processor(texts, whole.flatten(0, 1)).view_as(whole), tokens, allowed)
 
 # %% ../../nbs/03_generation.ipynb #be9399b6
 @patch
@@ -330,92 +353,150 @@ def _store(self:_Decoding, chosen): # (b,) bool
 @patch
 def result(self:_Decoding) -> Beams:
     "All prompts' beams, cut to the longest sequence and to the beams that exist"
+    if self.broken: raise ValueError("the probabilities of some tokens are not numbers, so nothing can be drawn from "
+                                     "them; look for NaN or infinity in the weights and in what processors return")
     self._store(torch.ones_like(self.rows, dtype=torch.bool))
     written, scores, lengths = self.out
     lengths = lengths.masked_fill(scores == -torch.inf, 0)
     K, C = max(int((lengths > 0).sum(1).max()), 1), max(int(lengths.max()), 1)
     after_end = torch.arange(written.shape[2], device=written.device) >= lengths[..., None]
-    written.masked_fill_(after_end, self.pad)
+    written.masked_fill_(after_end, self.asked.pad)
     return Beams(written[:, :K, :C], scores[:, :K], lengths[:, :K])
 
 # %% ../../nbs/03_generation.ipynb #c42cb547
+def _run(model, search: _Decoding, C: int, recording: Recording | None = None, copies: dict | None = None) -> Beams:
+    "Write up to C tokens"
+    def advance():
+        search.forward()
+        search.asked.pick(search)
+    step = advance if recording is None else partial(recording.step, advance)
+    with packed_linears(model, rows=search.scores.numel(), products=C, copies=copies):
+        search.read_prompts()
+        with search.tree.attention():
+            search.draw()
+            search.asked.pick(search)
+            for search.step in range(1, C):
+                if search.over(): break
+                search.draw()
+                step()
+            return search.result()
+
+@patch
+def draw(self:_Decoding):
+    "Random numbers for the next tokens of samples: outside of a captured step, into the memory that it reads"
+    if self.asked.temperature is None: return
+    W = self.logits.shape[-1]
+    if self.asked.constraint is not None:
+        tokens, _ = self._choices_in(self.state[:1, :1])
+        W = W if tokens is None else tokens.shape[-1]
+    self.noise = self.noise_of.get(W) if self.static else None
+    if self.noise is None: self.noise = self.logits.new_empty(*self.order.shape, W)
+    if self.static: self.noise_of[W] = self.noise
+    self.noise.exponential_(generator=self.generator)
+
+# %% ../../nbs/03_generation.ipynb #5f0e0b12
+_WARNED = set()
+
+def _warn_once(model, without: str, reason: str):
+    "The reason may end with a length in brackets, which changes from batch to batch"
+    key = type(model).__name__, reason.split(" (")[0]
+    if key in _WARNED: return
+    _WARNED.add(key)
+    warnings.warn(f"{key[0]} is searched without {without}, which is slower: {reason}", stacklevel=7)
+
 def _counts_rows(processor) -> bool:
     "It finds a row's prompt by the row's number, so it needs K rows of every prompt at every step"
     if isinstance(processor, PrefixConstrainedLogitsProcessor): return True
     if getattr(processor, "prompts", None) is not None: return True # a constraint with a set for each prompt
     return isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
 
-def _tree(model, input_ids, attention_mask, K, C, static, processor=None) -> BeamTree:
-    "Prompts with room for all nodes where shapes are static, and for a few steps elsewhere"
-    if static is None: static = input_ids.device.type != "cpu"
-    if any(map(_counts_rows, processor or ())): static = True
-    room = K * (C - 1) if static else K * min(C - 1, 8)
-    return BeamTree(model, input_ids, attention_mask, room=room, static=bool(static))
+def _find(model, input_ids, attention_mask, # (B, P)
+          states: Tensor,                   # (B,) long, of the constraint
+          asked: _Asked, generator, static) -> Beams:
+    "One search, in the form that fits the device, the model and what is asked"
+    plain, (B, P), K = without_wrappers(model), input_ids.shape, asked.K
+    reason = why_no_tree(model, P + asked.C)
+    if reason is not None:
+        return _without_tree(model, input_ids, attention_mask, states, asked, generator, static, reason)
+    def why_not(): return why_not_recorded(model, input_ids.device, asked.processor, asked.criteria, asked.constraint)
+    fixed = any(map(_counts_rows, asked.processor or ()))
+    form = choose_form(static, input_ids.device.type, asked.C, fixed, why_not)
+    if form.reason: _warn_once(plain, "a captured step", form.reason)
+    if form.kind == "captured": return _captured(model, input_ids, attention_mask, states, asked, generator)
+    room = K * (asked.C - 1) if form.kind == "static" else K * min(asked.C - 1, 8)
+    tree = BeamTree(model, input_ids, attention_mask, room=room, static=form.kind == "static")
+    return _over(model, tree, states, asked, generator)
 
-def _check_capture(static, on_cuda: bool, by_python: bool): # whether Python code takes part in a step
-    if static != "capture": return
-    if not on_cuda:
-        raise ValueError("static='capture' records a CUDA graph: move the model to a CUDA device, or use static=True")
-    if by_python:
-        raise ValueError("static='capture' records one step for all: it takes no logits_processor and no "
-                         "stopping_criteria; use static=True")
+def _over(model, tree, states, asked, generator) -> Beams: # tree or rows
+    search = _Decoding(tree, asked, states.device)
+    search.begin(states, generator)
+    return _run(model, search, asked.C)
 
-def _captured(advance):
-    "The step as a CUDA graph: a function that replays it"
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph): advance()
-    return graph.replay
+def _captured(model, input_ids, attention_mask, states, asked, generator) -> Beams:
+    "A search in memory that searches of like shape share, with one recorded step"
+    plain, (B, P), C, device = without_wrappers(model), input_ids.shape, asked.C, input_ids.device
+    most = asked._replace(C=bucket(C))                           # tokens that there is room for
+    key = (B, bucket(P), facts(most[:6]), *map(facts_of, asked.processor or ()), facts_of(asked.constraint))
+    def make(): return _Decoding(FilledTree(B, bucket(P), asked.K * (most.C - 1), device), most, device)
+    with borrowed(plain, key, make, device) as recording:
+        search = recording.search
+        search.tree.hold(model, input_ids, attention_mask)
+        search.begin(states, generator)
+        found = _run(model, search, C, recording, cast_copies(plain))
+        if recording.why_not: _warn_once(plain, "a captured step", recording.why_not)
+        return found
 
-def _run(model, search, pick, C, capture=False) -> Beams:
-    "Write up to C tokens"
-    def advance():
-        search.forward()
-        pick()
-    with packed_linears(model, rows=search.scores.numel(), products=C):
-        search.read_prompts()
-        with search.tree.attention():
-            pick()
-            for search.step in range(1, C):
-                if search.over(): return search.result()
-                if capture and search.step == 2: advance = _captured(advance) # the step before has warmed everything up
-                advance()
-            search.step = C
-            return search.result()
-
-# %% ../../nbs/03_generation.ipynb #5f0e0b12
-_WARNED = set()
-
-def _warn_once(model, reason):
-    "The reason may end with a length in brackets, which changes from batch to batch"
-    key = type(model).__name__, reason.split(" (")[0]
-    if key in _WARNED: return
-    _WARNED.add(key)
-    warnings.warn(f"{key[0]} is searched without a beam tree, which is slower: {reason}", stacklevel=5)
-
-def _search(model, input_ids, attention_mask, start, pick, C, # tokens at most
-            eos_token_id, pad_token_id, processor, criteria, constraint, static) -> Beams:
-    "Write up to C tokens after each prompt: from `start`, (B, K) scores, a token of every beam at each `pick`"
-    K, eos = start.shape[1], _ids(eos_token_id, input_ids.device)
-    processor = _as_list(processor, LogitsProcessorList)
-    criteria = _as_list(criteria, StoppingCriteriaList)
-    _check_capture(static, input_ids.is_cuda, bool(processor or criteria))
-    def run(tree):
-        search = _Decoding(tree, start, C, eos, pad_token_id, processor, criteria, constraint)
-        return _run(model, search, lambda: pick(search), C, static == "capture")
-    reason = why_no_tree(model, input_ids.shape[1] + C)
-    if reason is None: return run(_tree(model, input_ids, attention_mask, K, C, static, processor))
+def _without_tree(model, input_ids, attention_mask, states, asked, generator, static, reason) -> Beams:
+    "Over rows with a cache, or over whole texts"
     if static == "capture": raise ValueError(f"static='capture' needs a beam tree: {reason}; leave static out")
-    _warn_once(without_wrappers(model), reason)
+    plain, C = without_wrappers(model), asked.C
+    def run(rows): return _over(model, rows, states, asked, generator)
+    _warn_once(plain, "a beam tree", reason)
     uncached = why_no_cache(model, input_ids.shape[1] + C)
-    if uncached is None: return on_rows(model, input_ids, attention_mask, K, C, run)
-    _warn_once(without_wrappers(model), f"nor with a cache: {uncached}")
-    return run(WholeTexts(without_wrappers(model), input_ids, attention_mask, K))
+    if uncached is None: return on_rows(model, input_ids, attention_mask, asked.K, C, run)
+    _warn_once(plain, "a beam tree", f"nor with a cache: {uncached}")
+    return run(WholeTexts(plain, input_ids, attention_mask, asked.K))
+
+# %% ../../nbs/03_generation.ipynb #03gen0a2
+_FIT = WeakKeyDictionary() # model -> (K, C) -> prompts that memory suffices for
+
+def _search(model, input_ids, attention_mask, asked: _Asked, generator, static) -> Beams:
+    "All prompts at once, or as many as memory suffices for"
+    states, constraint = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device), asked.constraint
+    if constraint is not None: states = constraint.to(input_ids.device).start(len(input_ids))
+    whole = any(map(_counts_rows, asked.processor or ()))        # such a processor needs all prompts
+    def some(part, static=static):
+        rows = slice(None) if whole else part
+        with rewound(generator, input_ids.device):
+            return _find(model, input_ids[rows], attention_mask[rows], states[rows], asked, generator, static)
+    smaller = partial(some, static=False) if static is None else None # room for a few steps at a time
+    parts = in_parts(some, 1 if whole else len(input_ids), "prompts",
+                     "prompts_at_once in training, or batch_size in an evaluation",
+                     "num_beams or num_generations, or the number of new tokens",
+                     _FIT.setdefault(without_wrappers(model), {}), (asked.K, asked.C), smaller)
+    return parts[0] if len(parts) == 1 else _joined(parts, asked.pad)
+
+def _joined(parts: list[Beams], pad: int) -> Beams:
+    "Prompts of several searches together"
+    K, C = (max(part.sequences.shape[i] for part in parts) for i in (1, 2))
+    def filled(x, value, *sizes): # at the end of each dimension
+        more = [n for size, have in zip(sizes[::-1], x.shape[:0:-1]) for n in (0, size - have)]
+        return F.pad(x, more, value=value)
+    return Beams(torch.cat([filled(part.sequences, pad, K, C) for part in parts]),
+                 torch.cat([filled(part.scores, -torch.inf, K) for part in parts]),
+                 torch.cat([filled(part.lengths, 0, K) for part in parts]))
 
 def _as_list(given, kind: type): # one, several or None -> a list of Transformers' kind, or None
     if given is None or isinstance(given, kind): return given
     return kind(given if isinstance(given, (list, tuple)) else [given])
 
 # %% ../../nbs/03_generation.ipynb #c42cb546
+def _best(search):
+    "Write the K best continuations"
+    tokens, allowed = search.choices()
+    logp = search.process(search.log_probs(tokens, allowed), tokens, allowed)
+    search.write(*_best_candidates(search.scores, search.ended, search.order, logp, tokens, search.asked.pad))
+
 @_inference
 def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 attention_mask: Tensor | None = None, # (B, P), 1 on the prompt; all ones by default
@@ -426,18 +507,14 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 logits_processor=None,    # one of Transformers' processors, or a list, for log-probabilities
                 stopping_criteria=None,   # one of Transformers' criteria, or a list: what else ends a beam
                 constraint: Constraint | None = None, # what completions may be
-                static: bool | str | None = None, # fixed shapes; None: on an accelerator; "capture": a CUDA graph
+                static: bool | str | None = None, # shapes that never change; "capture": a CUDA graph; None: the fastest
                 ) -> Beams: # best first; fewer than K where fewer sequences exist
     "The K sequences that a beam search finds for each prompt, each prompt read once"
     mask, C = _check(model, input_ids, attention_mask, num_beams, max_new_tokens, eos_token_id, constraint)
-    start = torch.full((len(input_ids), num_beams), -torch.inf, device=input_ids.device)
-    start[:, 0] = 0                                          # one beam, which has written nothing
-    def pick(search):
-        tokens, allowed = search.choices()
-        logp = search.process(search.log_probs(tokens, allowed), tokens, allowed)
-        search.write(*_best_candidates(search.scores, search.ended, search.order, logp, tokens, pad_token_id))
-    return _search(model, input_ids, mask, start, pick, C, eos_token_id, pad_token_id, logits_processor,
-                   stopping_criteria, constraint, static)
+    asked = _Asked(num_beams, C, _list_of(eos_token_id), pad_token_id, _best, None,
+                   _as_list(logits_processor, LogitsProcessorList),
+                   _as_list(stopping_criteria, StoppingCriteriaList), constraint)
+    return _search(model, input_ids, mask, asked, None, static)
 
 # %% ../../nbs/03_generation.ipynb #3e4ea040
 def greedy(model, input_ids: Tensor, # (B, P) long, left padded
@@ -452,19 +529,21 @@ def greedy(model, input_ids: Tensor, # (B, P) long, left padded
                        stopping_criteria=stopping_criteria, constraint=constraint, static=static)
 
 # %% ../../nbs/03_generation.ipynb #c654b55f
-def _draw(search, temperature, generator):
+def _draw(search):
     "A token for every open sample; samples keep their order"
     choices, allowed = search.choices()
     logp = search.log_probs(choices, allowed)
     weights = search.process(at_choices(search.logits, choices, allowed), choices, allowed)
-    chances = (weights / temperature).softmax(-1)
-    drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator).view(*search.order.shape, 1)
+    chances = (weights / search.asked.temperature).softmax(-1)
+    drawn = (chances / search.noise).argmax(-1, keepdim=True)
     gains = logp.gather(2, drawn)[..., 0]
     if choices is not None: drawn = choices.gather(2, drawn)
-    tokens = torch.full_like(search.tokens, search.pad).scatter(1, search.order, drawn[..., 0])
-    tokens = tokens.masked_fill(search.ended, search.pad)
+    tokens = torch.full_like(search.tokens, search.asked.pad).scatter(1, search.order, drawn[..., 0])
+    tokens = tokens.masked_fill(search.ended, search.asked.pad)
     gains = torch.zeros_like(search.scores).scatter(1, search.order, gains).masked_fill(search.ended, 0)
     itself = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    no_numbers = chances.isnan().any(-1) & ~search.ended.gather(1, search.order)
+    search._update(broken=search.broken | no_numbers.any())
     search.write(search.scores + gains, itself, tokens, search.ended)
 
 # %% ../../nbs/03_generation.ipynb #972ecde3
@@ -478,15 +557,14 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
            logits_processor=None,   # one of Transformers' processors, or a list, for logits
            stopping_criteria=None,  # as in `beam_search`
            constraint: Constraint | None = None, # as in `beam_search`
-           static: bool | None = None, # shapes that never change; None: on an accelerator
+           static: bool | str | None = None, # as in `beam_search`
            ) -> Beams: # in the order of drawing; scores are the policy's own, at temperature 1
     "K independent samples of each prompt, each prompt read once"
     K = num_return_sequences
     mask, C = _check(model, input_ids, attention_mask, K, max_new_tokens, eos_token_id, constraint)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} draws nothing; use a number above 0, or greedy()")
-    if static == "capture": raise ValueError("static='capture' is for beams: use static=True")
-    start = torch.zeros(len(input_ids), K, device=input_ids.device)
-    def pick(search): _draw(search, temperature, generator)
-    return _search(model, input_ids, mask, start, pick, C, eos_token_id, pad_token_id, logits_processor,
-                   stopping_criteria, constraint, static)
+    asked = _Asked(K, C, _list_of(eos_token_id), pad_token_id, _draw, temperature,
+                   _as_list(logits_processor, LogitsProcessorList),
+                   _as_list(stopping_criteria, StoppingCriteriaList), constraint)
+    return _search(model, input_ids, mask, asked, generator, static)
