@@ -612,6 +612,8 @@ d = {
     ('trainer.html#bgrpotrainer.__init__', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._can_share':
     ('trainer.html#bgrpotrainer._can_share', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._cannot_repeat':
+    ('trainer.html#bgrpotrainer._cannot_repeat', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._check_prompts':
     ('trainer.html#bgrpotrainer._check_prompts', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._compute_loss':
@@ -622,10 +624,16 @@ d = {
     ('trainer.html#bgrpotrainer._generate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._get_per_token_logps_and_entropies':
     ('trainer.html#bgrpotrainer._get_per_token_logps_and_entropies', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._halve':
+    ('trainer.html#bgrpotrainer._halve', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._hand_back_memory':
     ('trainer.html#bgrpotrainer._hand_back_memory', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._logps':
+    ('trainer.html#bgrpotrainer._logps', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._mask_of_empty':
     ('trainer.html#bgrpotrainer._mask_of_empty', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._next_micro_batch':
+    ('trainer.html#bgrpotrainer._next_micro_batch', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._obey':
     ('trainer.html#bgrpotrainer._obey', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._prepare_inputs':
@@ -638,6 +646,8 @@ d = {
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.identity':
     ('trainer.html#bgrpotrainer.identity', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer.training_step':
+    ('trainer.html#bgrpotrainer.training_step', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_loaded':
     ('trainer.html#_check_loaded', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._dropout_off':
@@ -1548,6 +1558,20 @@ d = {
     ('generation_settings.html#search_arguments', 'bgrpo_nb/search/generation_settings.py'),
   },
   'bgrpo_nb.search.memory': {
+   'bgrpo_nb.search.memory.AddedOnce':
+    ('out_of_memory.html#addedonce', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce.__enter__':
+    ('out_of_memory.html#addedonce.__enter__', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce.__exit__':
+    ('out_of_memory.html#addedonce.__exit__', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce.__init__':
+    ('out_of_memory.html#addedonce.__init__', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce._note':
+    ('out_of_memory.html#addedonce._note', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce.set_aside':
+    ('out_of_memory.html#addedonce.set_aside', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory._tried':
+    ('out_of_memory.html#_tried', 'bgrpo_nb/search/memory.py'),
    'bgrpo_nb.search.memory.free_memory':
     ('out_of_memory.html#free_memory', 'bgrpo_nb/search/memory.py'),
    'bgrpo_nb.search.memory.halved':

@@ -15,7 +15,8 @@ from bgrpo_nb.search.captured import FEWEST_STEPS, Form, bucket, choose_form, re
 from bgrpo_nb.search.constraints import Constraint
 from bgrpo_nb.search.generation import beam_search, greedy, sample
 from bgrpo_nb.solve.grammar import PrefixGrammar
-from test_generation import FAMILIES, GROUPED, MASK, PROMPTS, V, family, one_thread, padded  # noqa: F401
+from test_generation import (  # noqa: F401  (one_thread is a fixture)
+    FAMILIES, GROUPED, MASK, PROMPTS, V, WeightCasts, family, one_thread, padded, under_autocast)
 
 ENDS = dict(eos_token_id=[1, 4], pad_token_id=0)
 CPU = torch.device("cpu")
@@ -244,14 +245,14 @@ def test_adapters_are_part_of_what_was_recorded(stage):
 class Watched(Constraint):
     "Allows everything, by code of the given kind"
     def __init__(self, how): self.how, self.calls, self.table = how, 0, torch.ones(V, dtype=torch.bool)
-    def start(self, rows): return torch.zeros(rows, dtype=torch.long)
+    def start(self, rows): return torch.zeros(rows, dtype=torch.long, device=self.table.device)
     def advance(self, state, tokens):
         self.calls += 1
         if self.how == "number": return state * 0 + self.calls          # a number of Python's
         if self.how == "waits": return state * int(state.max() >= 0)
         if self.how == "mask": return state.index_put((state < 0,), state[:1, 0].sum())
         if self.how == "same": return state if torch.equal(state, state) else tokens
-        if self.how == "list": return state + torch.tensor([0] * state.shape[-1])
+        if self.how == "list": return state + torch.tensor([0] * state.shape[-1], device=state.device)
         if self.how == "memory":
             self.__dict__.pop("kept", None)
             return state + self.shared[:1]
@@ -331,3 +332,96 @@ def test_two_searches_at_once_have_a_recording_each(stage):
     nested = Nested("pure")
     outer = beams(model, PROMPTS, MASK, constraint=nested)
     same(outer, inner[0]), same(outer, beams(model, PROMPTS, MASK, static=True), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_captured_search_under_autocast_reads_copies_that_stay(stage, name):
+    "Cast once a search and outside of the recorded step, at the same addresses; new weights are cast anew"
+    model = under_autocast(deepcopy(family(name)))
+    def search(**how): return beams(model, PROMPTS, MASK, **how)
+    first = search()
+    places = {copy.data_ptr() for pair in captured._COPIES[model].values() for copy in pair if copy is not None}
+    with WeightCasts(model) as casts: same(search(), first)
+    products = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, T.pytorch_utils.Conv1D))]
+    assert len(casts.seen) == len(products) == len(captured._COPIES[model])  # refreshed before, none in the steps
+    with torch.no_grad():
+        for x in model.parameters(): x.mul_(1.1)
+    again = search()
+    assert not torch.equal(again.scores, first.scores) and len(stage.tapes) == 1
+    same(again, search(static=True), 1e-5)
+    assert {c.data_ptr() for pair in captured._COPIES[model].values() for c in pair if c is not None} == places
+    with torch.autocast("cpu", dtype=torch.bfloat16): outside = search() # another region around it: another recording
+    same(outside, again, 1e-5)
+    assert len(stage.tapes) == 2
+
+
+def on_device(name, **how):
+    kind, shape = FAMILIES[name]
+    torch.manual_seed(0)
+    return T.AutoModelForCausalLM.from_config(kind(**shape), **how).eval().cuda()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", SEARCHES)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+def test_on_a_device_searches_are_captured_by_default(name, kind, monkeypatch):
+    "One graph for three searches of like shape; the same results as with static shapes, samples with the same seed too"
+    release_graphs()
+    model, recorded, record = on_device(name), [], captured._record
+    monkeypatch.setattr(captured, "_record", lambda advance: recorded.append(1) or record(advance))
+    monkeypatch.setitem(globals(), "seeded", lambda: torch.Generator("cuda").manual_seed(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for (ids, mask), C in ((PROMPTS, MASK), 20), (OTHERS, 23), ((PROMPTS, MASK), 18):
+            found = SEARCHES[kind](model, ids.cuda(), mask.cuda(), C)
+            same(found, SEARCHES[kind](model, ids.cuda(), mask.cuda(), C, static=True), 1e-3)
+    assert len(recorded) == 1
+    release_graphs()
+    assert not captured._GRAPHS
+
+
+@pytest.mark.cuda
+def test_on_a_device_constraints_are_captured(monkeypatch):
+    monkeypatch.setitem(globals(), "seeded", lambda: torch.Generator("cuda").manual_seed(3))
+    model = on_device("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fast, slow in zip(everything(None), everything(True)):
+            same(fast(model, PROMPTS.cuda(), MASK.cuda()), slow(model, PROMPTS.cuda(), MASK.cuda()), 1e-3)
+    assert captured._GRAPHS[model]
+
+
+@pytest.mark.cuda
+def test_on_a_device_weights_are_cast_once_and_stale_graphs_are_not_replayed():
+    model = under_autocast(on_device("llama"), "cuda")
+    ids, mask = PROMPTS.cuda(), MASK.cuda()
+    for change in (None, *changes().values()):
+        if change is changes()["other_type"]: continue
+        if change is not None:
+            with torch.no_grad(): change(model)
+        for _ in range(2):
+            found, expected = beams(model, ids, mask), beams(model, ids, mask, static=True)
+            torch.testing.assert_close(found.scores, expected.scores, atol=0.5, rtol=0)  # bf16: beams may change places
+
+
+@pytest.mark.cuda
+def test_on_a_device_memory_is_given_back():
+    model, ids = on_device("llama"), PROMPTS.cuda()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    beam_search(model, ids, num_beams=256, max_new_tokens=40, **ENDS)
+    kept = torch.cuda.memory_allocated() - before
+    release_graphs()
+    gc.collect()
+    assert kept > 2**20 and torch.cuda.memory_allocated() - before < kept / 4
+
+
+@pytest.mark.cuda
+def test_on_a_device_what_cannot_be_recorded_is_searched_all_the_same():
+    model = on_device("llama")
+    for how in ("number", "waits", "list", "memory"):
+        Watched.shared, constraint = torch.zeros(1, dtype=torch.long, device="cuda"), Watched(how)
+        with pytest.warns(UserWarning, match="captured step"):
+            generation._WARNED.clear()
+            found = beams(model, PROMPTS.cuda(), MASK.cuda(), constraint=constraint)
+        same(found, beams(model, PROMPTS.cuda(), MASK.cuda(), static=True), 1e-3)

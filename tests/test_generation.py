@@ -910,10 +910,11 @@ class WeightCasts(TorchDispatchMode):
         super().__init__()
         self.weights, self.seen = {x.untyped_storage().data_ptr() for x in model.parameters() if x.ndim > 1}, []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
         if func.name().startswith(CASTS):
             x = args[1] if func.name().startswith("aten::copy_") else args[0]
-            if x.untyped_storage().data_ptr() in self.weights: self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
+            if x.untyped_storage().data_ptr() in self.weights and x.dtype != out.dtype: self.seen.append(func.name())
+        return out
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -928,7 +929,8 @@ def test_under_autocast_weights_are_cast_once_a_search(name, static, monkeypatch
             return call(model, PROMPTS, MASK, static=static, **how, **NO_END)
         with monkeypatch.context() as patched:
             patched.setattr(packed, "_cast_once", lambda layer, otherwise, copies: otherwise)
-            slow = search()
+            with WeightCasts(model) as casts: slow = search()
+            assert len(casts.seen) >= 8 * len(products)          # each weight at each token: this is what is saved
         marks = []
         with WeightCasts(model) as casts:
             hook = model.register_forward_pre_hook(lambda *_: marks.append(len(casts.seen)))
@@ -940,12 +942,12 @@ def test_under_autocast_weights_are_cast_once_a_search(name, static, monkeypatch
         assert not any("forward" in vars(m) for m in products)
 
 
-def under_autocast(model):
+def under_autocast(model, device="cpu"):
     "As a trainer has it: autocast is on inside of the forward only"
     plain = model.forward
     @wraps(plain)
     def forward(*args, **kwargs):
-        with torch.autocast("cpu", dtype=torch.bfloat16): out = plain(*args, **kwargs)
+        with torch.autocast(device, dtype=torch.bfloat16): out = plain(*args, **kwargs)
         out.logits = out.logits.float()
         return out
     model.forward = forward

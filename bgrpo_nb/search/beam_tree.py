@@ -400,6 +400,7 @@ def _probe(model) -> str | None:
     path = torch.tensor([[6, 7], [8, 9]], device=device) % V
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
     try: return differs(model, _probe_logits(model, prompts, mask, path), prompts, mask, path)
+    except torch.OutOfMemoryError: raise                   # which says nothing about the model
     except Exception as e:
         first_line = str(e).splitlines()[0][:80] if str(e) else ""
         return f"it does not accept a tree ({type(e).__name__}: {first_line})"
