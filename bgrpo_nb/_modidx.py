@@ -1441,55 +1441,59 @@ d = {
    'bgrpo_nb.search.custom_generate.tree_generate':
     ('custom_generate.html#tree_generate', 'bgrpo_nb/search/custom_generate.py'),
   },
+  'bgrpo_nb.search.decoding': {
+   'bgrpo_nb.search.decoding.Asked':
+    ('decoding.html#asked', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Beams':
+    ('decoding.html#beams', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Beams.__repr__':
+    ('decoding.html#beams.__repr__', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Beams._repr_html_':
+    ('decoding.html#beams._repr_html_', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Beams._table':
+    ('decoding.html#beams._table', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding':
+    ('decoding.html#decoding', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.__init__':
+    ('decoding.html#decoding.__init__', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._choices_in':
+    ('decoding.html#decoding._choices_in', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._leave':
+    ('decoding.html#decoding._leave', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._of':
+    ('decoding.html#decoding._of', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._open_first':
+    ('decoding.html#decoding._open_first', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._store':
+    ('decoding.html#decoding._store', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._texts':
+    ('decoding.html#decoding._texts', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._update':
+    ('decoding.html#decoding._update', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.begin':
+    ('decoding.html#decoding.begin', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.choices':
+    ('decoding.html#decoding.choices', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.draw':
+    ('decoding.html#decoding.draw', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.forward':
+    ('decoding.html#decoding.forward', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.log_probs':
+    ('decoding.html#decoding.log_probs', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.over':
+    ('decoding.html#decoding.over', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.process':
+    ('decoding.html#decoding.process', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.read_prompts':
+    ('decoding.html#decoding.read_prompts', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.result':
+    ('decoding.html#decoding.result', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.write':
+    ('decoding.html#decoding.write', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.run_search':
+    ('decoding.html#run_search', 'bgrpo_nb/search/decoding.py'),
+  },
   'bgrpo_nb.search.generation': {
-   'bgrpo_nb.search.generation.Beams':
-    ('generation.html#beams', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.Beams.__repr__':
-    ('generation.html#beams.__repr__', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.Beams._repr_html_':
-    ('generation.html#beams._repr_html_', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.Beams._table':
-    ('generation.html#beams._table', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Asked':
-    ('generation.html#_asked', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding':
-    ('generation.html#_decoding', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.__init__':
-    ('generation.html#_decoding.__init__', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._choices_in':
-    ('generation.html#_decoding._choices_in', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._leave':
-    ('generation.html#_decoding._leave', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._of':
-    ('generation.html#_decoding._of', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._open_first':
-    ('generation.html#_decoding._open_first', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._store':
-    ('generation.html#_decoding._store', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._texts':
-    ('generation.html#_decoding._texts', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._update':
-    ('generation.html#_decoding._update', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.begin':
-    ('generation.html#_decoding.begin', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.choices':
-    ('generation.html#_decoding.choices', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.draw':
-    ('generation.html#_decoding.draw', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.forward':
-    ('generation.html#_decoding.forward', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.log_probs':
-    ('generation.html#_decoding.log_probs', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.over':
-    ('generation.html#_decoding.over', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.process':
-    ('generation.html#_decoding.process', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.read_prompts':
-    ('generation.html#_decoding.read_prompts', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.result':
-    ('generation.html#_decoding.result', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.write':
-    ('generation.html#_decoding.write', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._as_list':
     ('generation.html#_as_list', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._best':
@@ -1518,8 +1522,6 @@ d = {
     ('generation.html#_list_of', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._over':
     ('generation.html#_over', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._run':
-    ('generation.html#_run', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._search':
     ('generation.html#_search', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._warn_once':

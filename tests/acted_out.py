@@ -3,8 +3,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bgrpo_nb.search import captured, generation
-
 WAITS = ("_local_scalar_dense", "aten::item", "nonzero", "masked_select", "unique", "aten::equal")
 
 
@@ -58,6 +56,7 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch):
     "Searches believe that they are on a device; nothing that was recorded is left before and afterwards"
+    from bgrpo_nb.search import captured, generation
     acted, choose = Stage(), captured.choose_form
     monkeypatch.setattr(captured, "_record", acted.record)
     monkeypatch.setattr(generation, "choose_form", lambda asked, device, *more: choose(asked, "cuda", *more))

@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers as T
 
-from acted_out import stage  # noqa: F401  (a fixture)
 from bgrpo_nb.policy.model import load_tokenizer
 from bgrpo_nb.search import captured, generation
 from bgrpo_nb.search.allowed_sequences import AllowedSequences
@@ -46,7 +45,9 @@ def same(found, expected, tolerance=0.0):
     torch.testing.assert_close(found.scores, expected.scores, atol=tolerance, rtol=0)
 
 
-NO = lambda: None
+def NO(): return None
+
+
 @pytest.mark.parametrize("given, expected", [
     ((None, "cpu", 40, False, NO), Form("dynamic")), ((None, "cpu", 40, True, NO), Form("static")),
     ((None, "mps", 40, False, NO), Form("static")), ((None, "cuda", 40, False, NO), Form("captured")),
@@ -88,7 +89,7 @@ def test_the_results_of_a_captured_search(stage, name, kind):
 
 def test_samples_are_those_that_torch_draws(monkeypatch):
     "The numbers are drawn beforehand, in the order of torch.multinomial"
-    seen, at, model = [], [], family("llama")
+    seen, model = [], family("llama")
     def note(ids, scores):
         seen.append((scores / 0.8).softmax(-1))
         return scores

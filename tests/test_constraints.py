@@ -17,7 +17,6 @@ from bgrpo_nb.search.beam_tree import why_no_tree
 from bgrpo_nb.search.constraints import Constraint
 from bgrpo_nb.search.generation import beam_search, greedy, sample
 from bgrpo_nb.solve.grammar import PrefixGrammar
-from acted_out import stage  # noqa: F401  (a fixture)
 from test_generation import FAMILIES, GROUPED, MASK, PROMPTS, Operations, V, as_lists, by_generate, family
 
 PAD = dict(pad_token_id=0)

@@ -7,7 +7,6 @@ import torch
 import transformers as T
 from datasets import Dataset
 
-from acted_out import stage  # noqa: F401  (a fixture)
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
 from bgrpo_nb.policy.model import load_tokenizer, new_model
@@ -98,7 +97,7 @@ def test_what_cannot_be_halved_says_so_in_one_line():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             beam_search(model, *PROMPT_ROWS, num_beams=3, **HOW)
-    assert is_out_of_memory(caught.value) and not is_out_of_memory(RuntimeError("another")) 
+    assert is_out_of_memory(caught.value) and not is_out_of_memory(RuntimeError("another"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     with pytest.raises(RuntimeError, match="another"):
         in_parts(lambda part: (_ for _ in ()).throw(RuntimeError("another")), 4, "a", "b", "c", {}, 0)

@@ -1,4 +1,4 @@
-"""A guide to the key-value cache; then packed weights, compiled and captured steps, and what each of them costs.
+"""A guide to the key-value cache; then packed weights, compiled steps and static shapes, and what each of them costs.
 
 ## The key-value cache, a guide
 
@@ -39,7 +39,7 @@ as they were, also after an exception.
 Inside a forward over the tree only tensors change, so PyTorch can compile it: after `model.compile(dynamic=True)`
 every search of that model runs the same graph, whatever the prompts' length, the width or the step.
 
-## Static shapes and a captured step
+## Static shapes
 
 On a CPU the shapes of a search follow the need: only open beams are forwarded, prompts leave the batch, dead nodes
 are swept out.
