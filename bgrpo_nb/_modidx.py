@@ -1374,6 +1374,8 @@ d = {
     ('captured_search.html#facts', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured.facts_of':
     ('captured_search.html#facts_of', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.is_sharded':
+    ('captured_search.html#is_sharded', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured.of_scores_alone':
     ('captured_search.html#of_scores_alone', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured.release_graphs':

@@ -10,7 +10,7 @@ from datasets import Dataset
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
 from bgrpo_nb.policy.model import load_tokenizer, new_model
-from bgrpo_nb.search import generation, memory
+from bgrpo_nb.search import captured, generation, memory
 from bgrpo_nb.search.beam_tree import why_no_tree
 from bgrpo_nb.search.captured import release_graphs
 from bgrpo_nb.search.generation import beam_search, greedy, sample
@@ -111,7 +111,7 @@ def test_one_prompt_that_does_not_fit_with_static_shapes_is_searched_without(sta
         if args[-1] is None: raise torch.OutOfMemoryError("CUDA out of memory. ")
         return find(*args)
     monkeypatch.setattr(generation, "_find", check)
-    with pytest.warns(UserWarning, match="prompts at once"):
+    with pytest.warns(UserWarning, match="prompts at once"), pytest.warns(UserWarning, match="without static shapes"):
         found = beam_search(plain, PROMPTS, MASK, num_beams=3, **HOW)
     assert forms == [(2, None), (1, None), (1, False), (1, None), (1, False)]
     monkeypatch.undo()
@@ -239,3 +239,40 @@ def test_a_step_that_never_fits_ends_with_one_message_and_keeps_the_checkpoint(t
     with pytest.raises(torch.OutOfMemoryError, match="not even one of the rows.*lower per_device_train_batch_size"):
         run(tmp_path, wrap, save_strategy="steps", save_steps=1)
     assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("error:.*captured step")
+@pytest.mark.parametrize("more", [dict(), dict(rollout="sample"), dict(gradient_checkpointing=False, bf16=True)])
+def test_training_is_captured_without_a_flag_and_gives_the_memory_back(tmp_path, stage, more):
+    "Before each optimizer step nothing is kept; the weights that it writes are seen by the next search"
+    kept, seen = [], []
+    def wrap(model, trainer):
+        plain, order = trainer._logps, trainer._generate_and_score_completions
+        def look(*args, **kwargs):
+            kept.append(len(captured._GRAPHS))
+            return plain(*args, **kwargs)
+        def note(*args):
+            found = order(*args)
+            seen.append(found["completion_ids"])
+            return found
+        trainer._logps, trainer._generate_and_score_completions = look, note
+    run(tmp_path / "a", wrap, max_completion_length=9, **more)
+    assert len(stage.tapes) == 2 and stage.replays > 4 and kept and not any(kept)
+    fast, choose = list(seen), generation.choose_form
+    seen.clear()
+    generation.choose_form = lambda asked, device, *others: choose(True, device, *others)
+    try: run(tmp_path / "b", wrap, max_completion_length=9, **more)
+    finally: generation.choose_form = choose
+    for a, b in zip(fast, seen, strict=True): assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("error:.*captured step")
+def test_evaluations_are_captured_without_a_flag(stage):
+    from bgrpo_nb.algebra.problems import make_problems
+    from bgrpo_nb.solve.beam_filter import search_problems
+    from bgrpo_nb.solve.evaluation import evaluate
+    model, tokenizer, problems = new_model("tiny", seed=5), load_tokenizer("single"), make_problems(3)
+    evaluate(model, tokenizer, problems, num_beams=2, wide_beams=3, num_samples=2, max_new_tokens=12)
+    assert len(stage.tapes) == 4                                  # greedy, two widths, samples
+    found = search_problems(model, tokenizer, problems, num_beams=3, max_new_tokens=12)
+    assert len(stage.tapes) == 4 and len(found) == 3              # with the recording of the evaluation

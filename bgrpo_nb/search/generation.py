@@ -55,7 +55,7 @@ __all__ = ['P', 'check_length', 'beam_search', 'greedy', 'sample']
 # %% ../../nbs/03_generation.ipynb #a9feca5c
 import warnings
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 from weakref import WeakKeyDictionary
 
@@ -68,8 +68,9 @@ from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, 
 # %% ../../nbs/03_generation.ipynb #ded3d7f8
 from .beam_rows import WholeTexts, on_rows, why_no_cache
 from .beam_tree import BeamTree, in_eval_mode, why_no_tree, without_wrappers
-from .captured import (
-    FilledTree, borrowed, bucket, cast_copies, choose_form, facts, facts_of, why_not_recorded)
+from bgrpo_nb.search.captured import (
+    FilledTree, borrowed, bucket, cast_copies, choose_form, facts, facts_of, is_sharded,
+    why_not_recorded)
 from .constraints import Constraint, at_choices
 from .decoding import Asked, Beams, Decoding, run_search
 from .memory import in_parts, rewound
@@ -197,7 +198,11 @@ def _find(model, input_ids, attention_mask, # (B, P)
     fixed = any(map(_counts_rows, asked.processor or ()))
     form = choose_form(static, input_ids.device.type, asked.C, fixed, why_not)
     if form.reason: _warn_once(plain, "a captured step", form.reason)
-    if form.kind == "captured": return _captured(model, input_ids, attention_mask, states, asked, generator)
+    if form.kind == "captured":
+        found, reason = _captured(model, input_ids, attention_mask, states, asked, generator)
+        if reason and static: raise ValueError(f"static='capture' is not possible: {reason}; leave static out")
+        if reason: _warn_once(plain, "a captured step", reason)
+        return found
     room = K * (asked.C - 1) if form.kind == "static" else K * min(asked.C - 1, 8)
     tree = BeamTree(model, input_ids, attention_mask, room=room, static=form.kind == "static")
     return _over(model, tree, states, asked, generator)
@@ -207,7 +212,7 @@ def _over(model, tree, states, asked, generator) -> Beams: # tree or rows
     search.begin(states, generator)
     return run_search(model, search, asked.C)
 
-def _captured(model, input_ids, attention_mask, states, asked, generator) -> Beams:
+def _captured(model, input_ids, attention_mask, states, asked, generator): # Beams; and why not captured, or None
     "A search in memory that searches of like shape share, with one recorded step"
     plain, (B, P), C, device = without_wrappers(model), input_ids.shape, asked.C, input_ids.device
     most = asked._replace(C=bucket(C))                           # tokens that there is room for
@@ -217,9 +222,7 @@ def _captured(model, input_ids, attention_mask, states, asked, generator) -> Bea
         search = recording.search
         search.tree.hold(model, input_ids, attention_mask)
         search.begin(states, generator)
-        found = run_search(model, search, C, recording, cast_copies(plain))
-        if recording.why_not: _warn_once(plain, "a captured step", recording.why_not)
-        return found
+        return run_search(model, search, C, recording, cast_copies(plain)), recording.why_not
 
 def _without_tree(model, input_ids, attention_mask, states, asked, generator, static, reason) -> Beams:
     "Over rows with a cache, or over whole texts"
@@ -239,16 +242,19 @@ def _search(model, input_ids, attention_mask, asked: Asked, generator, static) -
     "All prompts at once, or as many as memory suffices for"
     states, constraint = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device), asked.constraint
     if constraint is not None: states = constraint.to(input_ids.device).start(len(input_ids))
-    whole = any(map(_counts_rows, asked.processor or ()))        # such a processor needs all prompts
+    plain = without_wrappers(model)
+    whole = any(map(_counts_rows, asked.processor or ())) or is_sharded(plain) # such a processor needs all prompts
     def some(part, static=static):
         rows = slice(None) if whole else part
         with rewound(generator, input_ids.device):
             return _find(model, input_ids[rows], attention_mask[rows], states[rows], asked, generator, static)
-    smaller = partial(some, static=False) if static is None else None # room for a few steps at a time
-    parts = in_parts(some, 1 if whole else len(input_ids), "prompts",
+    def smaller(part): # room for a few steps at a time
+        _warn_once(plain, "static shapes", "memory does not suffice for the room of all steps")
+        return some(part, static=False)
+    parts = in_parts(some, 1 if whole else len(input_ids), "batches" if whole else "prompts",
                      "prompts_at_once in training, or batch_size in an evaluation",
                      "num_beams or num_generations, or the number of new tokens",
-                     _FIT.setdefault(without_wrappers(model), {}), (asked.K, asked.C), smaller)
+                     _FIT.setdefault(plain, {}), (asked.K, asked.C), smaller if static is None else None)
     return parts[0] if len(parts) == 1 else _joined(parts, asked.pad)
 
 def _joined(parts: list[Beams], pad: int) -> Beams:
