@@ -12,6 +12,7 @@ from bgrpo_nb.search import captured, generation
 from bgrpo_nb.search.allowed_sequences import AllowedSequences
 from bgrpo_nb.search.captured import FEWEST_STEPS, Form, bucket, choose_form, release_graphs, why_not_recorded
 from bgrpo_nb.search.constraints import Constraint
+from bgrpo_nb.search.decoding import Decoding
 from bgrpo_nb.search.generation import beam_search, greedy, sample
 from bgrpo_nb.solve.grammar import PrefixGrammar
 from test_generation import (  # noqa: F401  (one_thread is a fixture)
@@ -431,3 +432,31 @@ def test_on_a_device_what_cannot_be_recorded_is_searched_all_the_same():
             generation._WARNED.clear()
             found = beams(model, PROMPTS.cuda(), MASK.cuda(), constraint=constraint)
         same(found, beams(model, PROMPTS.cuda(), MASK.cuda(), static=True), 1e-3)
+
+
+def attributes(monkeypatch):
+    "State that is another tensor after each step"
+    monkeypatch.setattr(Decoding, "_update", lambda self, **new: [setattr(self, name, x) for name, x in new.items()])
+
+
+def number(monkeypatch):
+    "The step as a number of Python's"
+    write = Decoding.write
+    def by_number(self, *args):
+        self.column.fill_(self.step)
+        return write(self, *args)
+    monkeypatch.setattr(Decoding, "write", by_number)
+
+
+@pytest.mark.parametrize("fault", [attributes, number])
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_fault_in_the_search_itself_is_found(stage, monkeypatch, fault, watched):
+    "By watching the first steps; and without that the acted-out replay gives other results, so it can fail"
+    expected = beams(family("llama"), PROMPTS, MASK, static=True)
+    fault(monkeypatch)
+    if not watched: monkeypatch.setattr(captured.Recording, "_watch", lambda self, advance: self.watched.append(advance()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = beams(family("llama"), PROMPTS, MASK)
+    assert bool(stage.tapes) == (not watched) and any("captured step" in str(w.message) for w in caught) == watched
+    assert torch.equal(found.sequences, expected.sequences) == watched

@@ -268,11 +268,26 @@ def test_training_is_captured_without_a_flag_and_gives_the_memory_back(tmp_path,
 
 @pytest.mark.filterwarnings("error:.*captured step")
 def test_evaluations_are_captured_without_a_flag(stage):
-    from bgrpo_nb.algebra.problems import make_problems
+    from bgrpo_nb.algebra.problems import generate_problems
     from bgrpo_nb.solve.beam_filter import search_problems
     from bgrpo_nb.solve.evaluation import evaluate
-    model, tokenizer, problems = new_model("tiny", seed=5), load_tokenizer("single"), make_problems(3)
+    model, tokenizer, problems = new_model("tiny", seed=5), load_tokenizer("single"), generate_problems(3, 2, 2)
     evaluate(model, tokenizer, problems, num_beams=2, wide_beams=3, num_samples=2, max_new_tokens=12)
     assert len(stage.tapes) == 4                                  # greedy, two widths, samples
     found = search_problems(model, tokenizer, problems, num_beams=3, max_new_tokens=12)
     assert len(stage.tapes) == 4 and len(found) == 3              # with the recording of the evaluation
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("error:.*captured step")
+def test_on_a_device_training_is_captured_and_gives_the_memory_back(tmp_path, monkeypatch):
+    recorded, record, kept = [], captured._record, []
+    monkeypatch.setattr(captured, "_record", lambda advance: recorded.append(1) or record(advance))
+    def wrap(model, trainer):
+        plain = trainer._logps
+        def look(*args, **kwargs):
+            kept.append(len(captured._GRAPHS))
+            return plain(*args, **kwargs)
+        trainer._logps = look
+    run(tmp_path, wrap, max_completion_length=9, use_cpu=False, bf16=True)
+    assert recorded and kept and not any(kept)
