@@ -34,16 +34,22 @@ Folders and modules, from the ground up:
 - `search.beam_rows`: Each beam as a row of a batch with a cache of its own, for models that cannot grow a tree.
 - `search.beam_tree`: All beams of a prompt as one tree of tokens: the prompt is read once, each token is stored
   once.
+- `search.captured`: The step of a search, recorded once as a CUDA graph and replayed by every search of like
+  shape: by default on a GPU.
 - `search.constraints`: Searches that can write nothing else: one interface for grammars and finite sets, in
   search, sampling and training.
 - `search.custom_generate`: The search as Transformers' own plug-in: `model.generate(...,
   custom_generate=tree_generate)`.
+- `search.decoding`: What the beams of a search have written, and the loop that beam search, sampling and greedy
+  decoding share.
 - `search.generation`: Greedy decoding, sampling and beam search that read a prompt once, for any causal model of
   Transformers.
 - `search.generation_settings`: The names of `generate`, such as top_p and stop_strings, for searches: each is
   obeyed, or refused in one line.
-- `search.packed_weights`: A guide to the key-value cache; then packed weights, compiled and captured steps, and
-  what each of them costs.
+- `search.memory`: What does not fit in memory is halved and tried again, with one warning that names the setting
+  to lower.
+- `search.packed_weights`: A guide to the key-value cache; then packed weights, compiled steps and static shapes,
+  and what each of them costs.
 
 `bgrpo_nb.policy`: Vocabularies, sizes and checkpoints of a policy.
 - `policy.checkpoints`: The authors' state dicts become Hugging Face folders, and folders become state dicts again,

@@ -634,6 +634,8 @@ d = {
     ('trainer.html#bgrpotrainer.__init__', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._can_share':
     ('trainer.html#bgrpotrainer._can_share', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._cannot_repeat':
+    ('trainer.html#bgrpotrainer._cannot_repeat', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._check_prompts':
     ('trainer.html#bgrpotrainer._check_prompts', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._compute_loss':
@@ -644,10 +646,16 @@ d = {
     ('trainer.html#bgrpotrainer._generate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._get_per_token_logps_and_entropies':
     ('trainer.html#bgrpotrainer._get_per_token_logps_and_entropies', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._halve':
+    ('trainer.html#bgrpotrainer._halve', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._hand_back_memory':
     ('trainer.html#bgrpotrainer._hand_back_memory', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._logps':
+    ('trainer.html#bgrpotrainer._logps', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._mask_of_empty':
     ('trainer.html#bgrpotrainer._mask_of_empty', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._next_micro_batch':
+    ('trainer.html#bgrpotrainer._next_micro_batch', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._obey':
     ('trainer.html#bgrpotrainer._obey', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._over_the_trie':
@@ -664,6 +672,8 @@ d = {
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.identity':
     ('trainer.html#bgrpotrainer.identity', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer.training_step':
+    ('trainer.html#bgrpotrainer.training_step', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_loaded':
     ('trainer.html#_check_loaded', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._dropout_off':
@@ -1442,6 +1452,8 @@ d = {
     ('beam_tree.html#treecache.__init__', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.TreeCache.advance':
     ('beam_tree.html#treecache.advance', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.TreeCache.copy_prompts':
+    ('beam_tree.html#treecache.copy_prompts', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.TreeCache.keep_nodes':
     ('beam_tree.html#treecache.keep_nodes', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.TreeCache.keep_prompts':
@@ -1462,6 +1474,8 @@ d = {
     ('beam_tree.html#_treelayer.choose', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.compact':
     ('beam_tree.html#_treelayer.compact', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._TreeLayer.copy':
+    ('beam_tree.html#_treelayer.copy', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.filled':
     ('beam_tree.html#_treelayer.filled', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.get_seq_length':
@@ -1504,6 +1518,96 @@ d = {
     ('beam_tree.html#why_no_tree', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.without_wrappers':
     ('beam_tree.html#without_wrappers', 'bgrpo_nb/search/beam_tree.py'),
+  },
+  'bgrpo_nb.search.captured': {
+   'bgrpo_nb.search.captured.FilledTree':
+    ('captured_search.html#filledtree', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree.__init__':
+    ('captured_search.html#filledtree.__init__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree._fill':
+    ('captured_search.html#filledtree._fill', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree.hold':
+    ('captured_search.html#filledtree.hold', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree.let_go':
+    ('captured_search.html#filledtree.let_go', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.FilledTree.read_prompts':
+    ('captured_search.html#filledtree.read_prompts', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Form':
+    ('captured_search.html#form', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording':
+    ('captured_search.html#recording', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording.__init__':
+    ('captured_search.html#recording.__init__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording._stop':
+    ('captured_search.html#recording._stop', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording._watch':
+    ('captured_search.html#recording._watch', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.Recording.step':
+    ('captured_search.html#recording.step', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch':
+    ('captured_search.html#_watch', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch.__init__':
+    ('captured_search.html#_watch.__init__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch.__torch_dispatch__':
+    ('captured_search.html#_watch.__torch_dispatch__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch._obstacle':
+    ('captured_search.html#_watch._obstacle', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Watch._seen':
+    ('captured_search.html#_watch._seen', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._bytes':
+    ('captured_search.html#_bytes', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._difference':
+    ('captured_search.html#_difference', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._is_known':
+    ('captured_search.html#_is_known', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._kept':
+    ('captured_search.html#_kept', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._kind':
+    ('captured_search.html#_kind', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._limit':
+    ('captured_search.html#_limit', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._most_bytes':
+    ('captured_search.html#_most_bytes', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._of_model':
+    ('captured_search.html#_of_model', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._of_processors':
+    ('captured_search.html#_of_processors', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._own':
+    ('captured_search.html#_own', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._place':
+    ('captured_search.html#_place', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._record':
+    ('captured_search.html#_record', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._settings':
+    ('captured_search.html#_settings', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._surroundings':
+    ('captured_search.html#_surroundings', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._tensors':
+    ('captured_search.html#_tensors', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._waits':
+    ('captured_search.html#_waits', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._weights':
+    ('captured_search.html#_weights', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.borrowed':
+    ('captured_search.html#borrowed', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.bucket':
+    ('captured_search.html#bucket', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.cast_copies':
+    ('captured_search.html#cast_copies', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.choose_form':
+    ('captured_search.html#choose_form', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.facts':
+    ('captured_search.html#facts', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.facts_of':
+    ('captured_search.html#facts_of', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.is_sharded':
+    ('captured_search.html#is_sharded', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.of_scores_alone':
+    ('captured_search.html#of_scores_alone', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.release_graphs':
+    ('captured_search.html#release_graphs', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.why_not_recorded':
+    ('captured_search.html#why_not_recorded', 'bgrpo_nb/search/captured.py'),
   },
   'bgrpo_nb.search.constraints': {
    'bgrpo_nb.search.constraints.Constraint':
@@ -1565,57 +1669,69 @@ d = {
    'bgrpo_nb.search.custom_generate.tree_generate':
     ('custom_generate.html#tree_generate', 'bgrpo_nb/search/custom_generate.py'),
   },
+  'bgrpo_nb.search.decoding': {
+   'bgrpo_nb.search.decoding.Asked':
+    ('decoding.html#asked', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Beams':
+    ('decoding.html#beams', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Beams.__repr__':
+    ('decoding.html#beams.__repr__', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Beams._repr_html_':
+    ('decoding.html#beams._repr_html_', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Beams._table':
+    ('decoding.html#beams._table', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding':
+    ('decoding.html#decoding', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.__init__':
+    ('decoding.html#decoding.__init__', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._choices_in':
+    ('decoding.html#decoding._choices_in', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._leave':
+    ('decoding.html#decoding._leave', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._of':
+    ('decoding.html#decoding._of', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._open_first':
+    ('decoding.html#decoding._open_first', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._store':
+    ('decoding.html#decoding._store', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._texts':
+    ('decoding.html#decoding._texts', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._update':
+    ('decoding.html#decoding._update', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.begin':
+    ('decoding.html#decoding.begin', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.choices':
+    ('decoding.html#decoding.choices', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.draw':
+    ('decoding.html#decoding.draw', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.forward':
+    ('decoding.html#decoding.forward', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.log_probs':
+    ('decoding.html#decoding.log_probs', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.over':
+    ('decoding.html#decoding.over', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.process':
+    ('decoding.html#decoding.process', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.read_prompts':
+    ('decoding.html#decoding.read_prompts', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.result':
+    ('decoding.html#decoding.result', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding.write':
+    ('decoding.html#decoding.write', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.run_search':
+    ('decoding.html#run_search', 'bgrpo_nb/search/decoding.py'),
+  },
   'bgrpo_nb.search.generation': {
-   'bgrpo_nb.search.generation.Beams':
-    ('generation.html#beams', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.Beams.__repr__':
-    ('generation.html#beams.__repr__', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.Beams._repr_html_':
-    ('generation.html#beams._repr_html_', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation.Beams._table':
-    ('generation.html#beams._table', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding':
-    ('generation.html#_decoding', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.__init__':
-    ('generation.html#_decoding.__init__', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._leave':
-    ('generation.html#_decoding._leave', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._of':
-    ('generation.html#_decoding._of', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._open_first':
-    ('generation.html#_decoding._open_first', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._store':
-    ('generation.html#_decoding._store', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._texts':
-    ('generation.html#_decoding._texts', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding._update':
-    ('generation.html#_decoding._update', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.choices':
-    ('generation.html#_decoding.choices', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.forward':
-    ('generation.html#_decoding.forward', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.log_probs':
-    ('generation.html#_decoding.log_probs', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.over':
-    ('generation.html#_decoding.over', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.process':
-    ('generation.html#_decoding.process', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.read_prompts':
-    ('generation.html#_decoding.read_prompts', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.result':
-    ('generation.html#_decoding.result', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._Decoding.write':
-    ('generation.html#_decoding.write', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._as_list':
     ('generation.html#_as_list', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._best':
+    ('generation.html#_best', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._best_candidates':
     ('generation.html#_best_candidates', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._captured':
     ('generation.html#_captured', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check':
     ('generation.html#_check', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._check_capture':
-    ('generation.html#_check_capture', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_family':
     ('generation.html#_check_family', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_prompts':
@@ -1624,18 +1740,22 @@ d = {
     ('generation.html#_counts_rows', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._draw':
     ('generation.html#_draw', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._ids':
-    ('generation.html#_ids', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._find':
+    ('generation.html#_find', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._inference':
     ('generation.html#_inference', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._run':
-    ('generation.html#_run', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._joined':
+    ('generation.html#_joined', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._list_of':
+    ('generation.html#_list_of', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._over':
+    ('generation.html#_over', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._search':
     ('generation.html#_search', 'bgrpo_nb/search/generation.py'),
-   'bgrpo_nb.search.generation._tree':
-    ('generation.html#_tree', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._warn_once':
     ('generation.html#_warn_once', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._without_tree':
+    ('generation.html#_without_tree', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.beam_search':
     ('generation.html#beam_search', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation.check_length':
@@ -1667,7 +1787,35 @@ d = {
    'bgrpo_nb.search.generation_settings.search_arguments':
     ('generation_settings.html#search_arguments', 'bgrpo_nb/search/generation_settings.py'),
   },
+  'bgrpo_nb.search.memory': {
+   'bgrpo_nb.search.memory.AddedOnce':
+    ('out_of_memory.html#addedonce', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce.__enter__':
+    ('out_of_memory.html#addedonce.__enter__', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce.__exit__':
+    ('out_of_memory.html#addedonce.__exit__', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce.__init__':
+    ('out_of_memory.html#addedonce.__init__', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce._note':
+    ('out_of_memory.html#addedonce._note', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.AddedOnce.set_aside':
+    ('out_of_memory.html#addedonce.set_aside', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory._tried':
+    ('out_of_memory.html#_tried', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.free_memory':
+    ('out_of_memory.html#free_memory', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.halved':
+    ('out_of_memory.html#halved', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.in_parts':
+    ('out_of_memory.html#in_parts', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.is_out_of_memory':
+    ('out_of_memory.html#is_out_of_memory', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.rewound':
+    ('out_of_memory.html#rewound', 'bgrpo_nb/search/memory.py'),
+  },
   'bgrpo_nb.search.packed_weights': {
+   'bgrpo_nb.search.packed_weights._cast':
+    ('fast_search.html#_cast', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._cast_once':
     ('fast_search.html#_cast_once', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._fits':
@@ -1676,8 +1824,6 @@ d = {
     ('fast_search.html#_forwards', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._groups':
     ('fast_search.html#_groups', 'bgrpo_nb/search/packed_weights.py'),
-   'bgrpo_nb.search.packed_weights._in_dtype':
-    ('fast_search.html#_in_dtype', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._is_plain':
     ('fast_search.html#_is_plain', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._joined':
@@ -1692,6 +1838,8 @@ d = {
     ('fast_search.html#_out_by_in', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._pack':
     ('fast_search.html#_pack', 'bgrpo_nb/search/packed_weights.py'),
+   'bgrpo_nb.search.packed_weights._refresh':
+    ('fast_search.html#_refresh', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights._shape':
     ('fast_search.html#_shape', 'bgrpo_nb/search/packed_weights.py'),
    'bgrpo_nb.search.packed_weights.forget_packed':

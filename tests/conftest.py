@@ -28,6 +28,7 @@ TEMP = None if "PYTEST_XDIST_WORKER" in os.environ else session_temp()
 
 import pytest
 
+from acted_out import stage  # noqa: F401  (a fixture)
 from browser import browser, page, phone  # noqa: F401  (fixtures)
 
 REPO = Path(__file__).parent.parent

@@ -824,72 +824,6 @@ def test_static_steps_repeat_one_list_of_operations(name, call, how):
     assert len(quiet) == 12 and all(ops == quiet[0] for ops in quiet) # one check in between: has everything ended?
 
 
-class Capture(TorchDispatchMode):
-    """A CUDA graph simulated on the CPU. Recording runs the operations, then restores all memory that existed before.
-    A replay runs them again on the same tensors and Python numbers, and writes the results into the same memory"""
-    def __init__(self):
-        super().__init__()
-        self.tape, self.before = [], {}
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = any(w in func.name() for w in Operations.WAITS)
-        assert func.name() != "aten::lift_fresh" and not waits, f"{func.name()} cannot be captured"
-        inputs = tensors((args, kwargs))
-        for x in inputs:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in self.before: self.before[storage.data_ptr()] = storage, storage.clone()
-        out = func(*args, **(kwargs or {}))
-        of_inputs, results = {x.untyped_storage().data_ptr() for x in inputs}, tensors(out)
-        own = [x.untyped_storage().data_ptr() not in of_inputs for x in results] # not a view of an input
-        self.tape.append((func, args, kwargs or {}, results, own))
-        return out
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        made = {x.untyped_storage().data_ptr() for *_, results, own in self.tape for x, o in zip(results, own) if o}
-        for where, (storage, content) in self.before.items():
-            if where not in made: storage.copy_(content)
-    def replay(self):
-        for func, args, kwargs, results, own in self.tape:
-            again = tensors(func(*args, **kwargs))
-            for x, y, o in zip(results, again, own):
-                if o: x.copy_(y)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
-def test_a_step_can_be_captured_and_replayed(name, monkeypatch):
-    "All that changes from step to step is in tensors that keep their memory; nothing is a Python number"
-    tapes, replays = [], []
-    def captured(advance):
-        tapes.append(capture := Capture())
-        with capture: advance()
-        return lambda: replays.append(capture.replay())
-    monkeypatch.setattr(generation, "_captured", captured)
-    monkeypatch.setattr(generation, "_check_capture", lambda *args: None)
-    model, how = family(name), dict(max_new_tokens=20, eos_token_id=[1, 4], pad_token_id=0)
-    for K in (1, 6):
-        fixed, replayed = (beam_search(model, PROMPTS, MASK, num_beams=K, static=s, **how) for s in (True, "capture"))
-        assert torch.equal(fixed.sequences, replayed.sequences) and torch.equal(fixed.scores, replayed.scores)
-    assert len(tapes) == 2 and len(tapes[1].tape) > 50 and len(replays) >= 15
-
-
-def test_asking_for_a_graph_without_a_device():
-    with pytest.raises(ValueError, match="CUDA"):
-        beam_search(family("gpt2"), PROMPTS, MASK, num_beams=2, static="capture", **NO_END)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_captured_search(name, dtype):
-    kind, shape = FAMILIES[name]
-    torch.manual_seed(0)
-    model = T.AutoModelForCausalLM.from_config(kind(**shape), dtype=dtype).eval().cuda()
-    how = dict(num_beams=6, max_new_tokens=20, eos_token_id=[1, 4], pad_token_id=0)
-    found = [beam_search(model, PROMPTS.cuda(), MASK.cuda(), static=s, **how) for s in (False, True, "capture")]
-    for other in found[1:]:
-        if dtype == torch.float32: assert torch.equal(found[0].sequences, other.sequences)
-        torch.testing.assert_close(found[0].scores, other.scores, atol=1e-3 if dtype == torch.float32 else 0.5, rtol=0)
-
-
 def test_attention_choice(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_attention("auto", cpu, torch.bfloat16) == "sdpa"
@@ -967,31 +901,53 @@ def test_a_model_in_train_mode_is_probed_as_it_searches():
     assert model.training and model.model.training and not model.lm_head.training
 
 
+CASTS = ("aten::_to_copy", "aten::copy_", "aten::to.dtype")
+
+
+class WeightCasts(TorchDispatchMode):
+    "Every operation that makes or fills a tensor of another dtype from a weight"
+    def __init__(self, model):
+        super().__init__()
+        self.weights, self.seen = {x.untyped_storage().data_ptr() for x in model.parameters() if x.ndim > 1}, []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.name().startswith(CASTS):
+            x = args[1] if func.name().startswith("aten::copy_") else args[0]
+            if x.untyped_storage().data_ptr() in self.weights and x.dtype != out.dtype: self.seen.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma2"])
-@pytest.mark.parametrize("width", [1, 4])
-def test_under_autocast_weights_are_cast_once_a_search(name, width, monkeypatch):
-    "Autocast would cast every weight at every token; the products are the same"
+def test_under_autocast_weights_are_cast_once_a_search(name, static, monkeypatch):
+    "For beams, greedy and samples: each weight of a product once, and none inside of a step; values are autocast's"
     model = under_autocast(deepcopy(family(name)))
-    def search(): return beam_search(model, PROMPTS, MASK, num_beams=width, **NO_END)
-    cast_once, in_dtype, casts = packed._cast_once, packed._in_dtype, []
-    monkeypatch.setattr(packed, "_cast_once", lambda layer, otherwise: otherwise)
-    slow = search()
-    monkeypatch.setattr(packed, "_cast_once", cast_once)
-    monkeypatch.setattr(packed, "_in_dtype", lambda layer, dtype: casts.append(layer) or in_dtype(layer, dtype))
-    fast = search()
     products = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, T.pytorch_utils.Conv1D))]
-    assert len(casts) == len(set(casts)) == len(products)
-    assert torch.equal(fast.sequences, slow.sequences)
-    assert torch.allclose(fast.scores, slow.scores, atol=1e-5)
-    assert not any("forward" in vars(m) for m in products)
+    for call, how in ((beam_search, dict(num_beams=4)), (greedy, {}), (sample, dict(num_return_sequences=4))):
+        def search():
+            if call is sample: how.update(generator=torch.Generator().manual_seed(0))
+            return call(model, PROMPTS, MASK, static=static, **how, **NO_END)
+        with monkeypatch.context() as patched:
+            patched.setattr(packed, "_cast_once", lambda layer, otherwise, copies: otherwise)
+            with WeightCasts(model) as casts: slow = search()
+            assert len(casts.seen) >= 8 * len(products)          # each weight at each token: this is what is saved
+        marks = []
+        with WeightCasts(model) as casts:
+            hook = model.register_forward_pre_hook(lambda *_: marks.append(len(casts.seen)))
+            fast = search()
+            hook.remove()
+        assert len(casts.seen) == len(products) and marks[0] == 0 and set(marks[1:]) == {len(products)}
+        assert torch.equal(fast.sequences, slow.sequences)
+        assert torch.allclose(fast.scores, slow.scores, atol=1e-5)
+        assert not any("forward" in vars(m) for m in products)
 
 
-def under_autocast(model):
+def under_autocast(model, device="cpu"):
     "As a trainer has it: autocast is on inside of the forward only"
     plain = model.forward
     @wraps(plain)
     def forward(*args, **kwargs):
-        with torch.autocast("cpu", dtype=torch.bfloat16): out = plain(*args, **kwargs)
+        with torch.autocast(device, dtype=torch.bfloat16): out = plain(*args, **kwargs)
         out.logits = out.logits.float()
         return out
     model.forward = forward

@@ -94,6 +94,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from fastcore.basics import patch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
@@ -113,9 +114,11 @@ from .weight_averages import AveragingTrainer
 from ..policy.loading import load_model
 from ..policy.model import load_tokenizer
 from ..search.beam_tree import why_no_tree
+from ..search.captured import release_graphs
 from ..search.constraints import Constraint
 from ..search.generation import check_length
 from ..search.generation_settings import INSTEAD
+from ..search.memory import AddedOnce, halved, in_parts, is_out_of_memory
 
 # %% ../../nbs/09_trainer.ipynb #a325a197
 class BGRPOTrainer(AveragingTrainer, OptimizerWarmupTrainer, GroupRewardsTrainer):
@@ -151,6 +154,7 @@ class BGRPOTrainer(AveragingTrainer, OptimizerWarmupTrainer, GroupRewardsTrainer
         reward_funcs = rewards_with_setting(reward_funcs, args.reward, args.rollout, args.balance_rewards)
         self.evaluator, self._warned, self._teaching = evaluator, False, None
         self.constraint, self._first_set = None, None
+        self._fit, self._prepared = {}, None
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
@@ -252,6 +256,7 @@ def _roll_out(self: BGRPOTrainer, prompts: list, trainer) -> dict: # TRL's rollo
                               constraint=self.constraint)
             return [group + [_EMPTY] * (G - len(group)) for group in groups]
         members = share_groups(prompt_ids, G, search, self.accelerator.process_index, everywhere=sharded)
+    release_graphs()                                                  # the training step needs the memory
     fields = dict(prompt_ids=prompt_ids, completion_ids=[m.ids or [self._tokenizer.pad_token_id] for m in members],
                   logprobs=None, beam_rank=[m.beam_rank for m in members], beam_score=[m.score for m in members])
     return fields | self._mask_of_empty(members)
@@ -323,15 +328,33 @@ def _can_share(self: BGRPOTrainer, model, width, compute_aux_loss, multimodal) -
 @patch
 def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep,
                                        batch_size=None, compute_entropy=False, compute_aux_loss=False, **multimodal):
-    "Per-token log-probabilities and entropies (N, C), over the trie of the rows where that is possible"
+    "Per-token log-probabilities and entropies (N, C), of as many rows at once as memory suffices for"
     self._hand_back_memory()
     if self._filled is not None: # of these rows
         attention_mask = attention_mask.clone()
         attention_mask[~self._filled, -logits_to_keep:] = 0
+    more = dict(batch_size=batch_size, compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **multimodal)
+    one_call = compute_aux_loss or self.accelerator.num_processes > 1 or any(v is not None for v in multimodal.values())
+    def some(rows):
+        rows = slice(None) if one_call else rows
+        teaching = None if self._teaching is None else self._teaching[rows]
+        given = model, input_ids[rows], attention_mask[rows], logits_to_keep, teaching
+        if "rows" not in self._fit or not torch.is_grad_enabled(): return self._logps(*given, **more)
+        return checkpoint(self._logps, *given, use_reentrant=False, **more) # a part's activations at a time
+    found = in_parts(some, 1 if one_call else len(input_ids), "micro-batches" if one_call else "rows", *_LOWER,
+                     limits={} if one_call else self._fit, key="rows")
+    return found[0] if len(found) == 1 else tuple(None if x[0] is None else torch.cat(x) for x in zip(*found))
+
+_LOWER = "per_device_train_batch_size", "per_device_train_batch_size, or the lengths of prompts and completions"
+
+@patch
+def _logps(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep, teaching, batch_size, compute_entropy,
+           compute_aux_loss, **multimodal):
+    "Over the trie of the rows where that is possible"
     rows = (model, input_ids, attention_mask, logits_to_keep, self.temperature, compute_entropy)
     with self.accelerator.autocast():
         if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
-            return *self._over_the_trie(*rows), None
+            return *self._over_the_trie(teaching, *rows), None
         if self._renormalizing() is not None: return *row_logps(*rows, self._renormalizing(), batch_size), None
     in_full_rows = super(BGRPOTrainer, self)._get_per_token_logps_and_entropies
     return in_full_rows(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
@@ -368,21 +391,30 @@ def _compute_loss(self: BGRPOTrainer, model, inputs):
     finally: self._filled = self._teaching = None
 
 @patch
-def _over_the_trie(self: BGRPOTrainer, model, input_ids, attention_mask, *more):
+def _over_the_trie(self: BGRPOTrainer, teaching, model, input_ids, attention_mask, *more):
     "(N, C) log-probabilities and entropies; of rows that teach nothing without gradients"
     def of(rows):
         return trie_logps(model, input_ids[rows], attention_mask[rows], *more, self.args.trie_elements,
                           self._renormalizing())
-    teaching = self._teaching
-    if teaching is None: return of(slice(None))
+    if teaching is None or teaching.all(): return of(slice(None))
     with torch.no_grad(): silent = of(~teaching)
+    if not teaching.any(): return silent
     order = torch.cat([teaching.nonzero(), (~teaching).nonzero()])[:, 0].argsort()
     return tuple(torch.cat(parts)[order] for parts in zip(of(teaching), silent))
 
 # %% ../../nbs/09_trainer.ipynb #68915476
 @patch
 def _prepare_inputs(self: BGRPOTrainer, generation_batch):
-    "The next micro-batch; generates where the buffer is used up"
+    "The next micro-batch; a second try of a step gets the same one"
+    if self._prepared is None or not self.model.training: return self._next_micro_batch(generation_batch)
+    if not self._prepared:
+        found = self._next_micro_batch(generation_batch)
+        self._prepared = found, {name: len(values) for name, values in self._metrics["train"].items()}
+    return self._prepared[0]
+
+@patch
+def _next_micro_batch(self: BGRPOTrainer, generation_batch):
+    "Generates where the buffer is used up"
     if not self.model.training or not self.args.share_prefixes:
         return super(BGRPOTrainer, self)._prepare_inputs(generation_batch)
     micro_batches = self.args.steps_per_generation
@@ -395,6 +427,35 @@ def _prepare_inputs(self: BGRPOTrainer, generation_batch):
         self._buffered_inputs = split_tensor_dict(batch, micro_batches)
     return self._buffered_inputs[self._step % micro_batches]
 
+# %% ../../nbs/09_trainer.ipynb #09oom002
+@patch
+def training_step(self: BGRPOTrainer, model, inputs, num_items_in_batch=None):
+    "TRL's; where memory does not suffice, again with fewer rows at once"
+    self._prepared = ()                                            # by `_prepare_inputs`: the micro-batch
+    try:
+        with AddedOnce(self.model.parameters()) as gradients:
+            while True:
+                try: return super(BGRPOTrainer, self).training_step(model, inputs, num_items_in_batch)
+                except RuntimeError as e:
+                    if not is_out_of_memory(e) or not self._prepared or self._cannot_repeat(): raise
+                    failed = str(e)
+                self._halve(gradients, failed)
+    finally: self._prepared = None
+
+@patch
+def _halve(self: BGRPOTrainer, gradients: AddedOnce, failed: str):
+    "As if the step had not been tried, with half of its rows at once"
+    gradients.set_aside()
+    batch, lengths = self._prepared
+    for name, values in self._metrics["train"].items(): del values[lengths.get(name, 0):]
+    rows = len(batch["completion_ids"])
+    halved(min(rows, self._fit.get("rows", rows)), self._fit, "rows", "rows", *_LOWER, failed)
+
+@patch
+def _cannot_repeat(self: BGRPOTrainer) -> bool: # others would wait, or a gradient comes in several parts
+    reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    return self.accelerator.num_processes > 1 or self.args.gradient_checkpointing and reentrant
+
 # %% ../../nbs/09_trainer.ipynb #685cd6f8
 @patch
 def evaluate(self: BGRPOTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict:
@@ -404,6 +465,7 @@ def evaluate(self: BGRPOTrainer, eval_dataset=None, ignore_keys=None, metric_key
     start, training = time.perf_counter(), self.model.training
     self.model.eval()
     with self.averaged(), whole_model(self) as model: found = self.evaluator(model, self.processing_class)
+    release_graphs()
     found, = broadcast_object_list([found])   # processes decide by equal numbers which checkpoint is best
     found = found | dict(seconds=round(time.perf_counter() - start, 2))
     metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

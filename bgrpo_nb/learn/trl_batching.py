@@ -221,4 +221,5 @@ def positions_from_mask(model): # a handle; .remove() undoes it
         if kwargs.get("position_ids") is None and plain_mask and no_cache:
             kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
         return args, kwargs
+    count.recordable = True                                             # a captured search may leave it out
     return model.base_model.register_forward_pre_hook(count, with_kwargs=True)

@@ -148,6 +148,7 @@ def _probe_rows(model) -> str | None:
         _, paths = rows.extend(path, rows.paths(2))
         return rows.extend(path.flip(1), paths[:, [1, 1]])[0][:, 0]
     try: return differs(model, on_rows(model, prompts, mask, 2, 4, steps), prompts, mask, path)
+    except torch.OutOfMemoryError: raise                   # which says nothing about the model
     except Exception as e: return f"it has no cache that can be reordered ({type(e).__name__})"
 
 def why_no_cache(model, length: int, # tokens of the longest prompt and completion together

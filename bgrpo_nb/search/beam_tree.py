@@ -111,6 +111,14 @@ class _TreeLayer(DynamicLayer):
         self.buffers = [make(*x.shape[:2], size, x.shape[3], dtype=x.dtype, device=x.device) for x in old]
         for buffer, x in zip(self.buffers, old): buffer[:, :, :x.shape[2]] = x
 
+    def copy(self, read, before, size):
+        if read.is_initialized and not self.is_initialized:
+            self.lazy_initialization(*read.buffers)
+            self.buffers = [x.new_empty(*x.shape[:2], size, x.shape[3]) for x in read.buffers]
+        for buffer, x in zip(self.buffers, read.filled(read.room.length)):
+            buffer.zero_()
+            buffer[:, :, before:before + x.shape[2]] = x
+
     def choose(self, rows): self.buffers = [x.index_select(0, rows) for x in self.buffers]
 
     def compact(self, P, nodes):
@@ -139,8 +147,8 @@ class TreeCache(Cache):
         for layer in self.layers: layer.grow(size)
 
     def advance(self):
-        "The prepared tokens have been written"
-        self.room.length = self.room.upto
+        "The prepared tokens have been written; in a static cache no number changes from step to step"
+        if not self.room.static: self.room.length = self.room.upto
 
     def keep_prompts(self, rows: Tensor): # (b,) long
         "Forget all prompts but these"
@@ -150,6 +158,13 @@ class TreeCache(Cache):
         "Forget all nodes but these and move them together; prompts do not move"
         for layer in self.layers: layer.compact(P, nodes)
         self.room.length = P + nodes.shape[1]
+
+    def copy_prompts(self, other: "TreeCache", before: int, # slots that stay empty in front of them
+                     size: int):                            # slots of this cache, which is static
+        "The prompts of another cache; all else is forgotten, in the same memory"
+        while len(self.layers) < len(other.layers): self.layers.append(_TreeLayer(self.room))
+        for layer, read in zip(self.layers, other.layers): layer.copy(read, before, size)
+        self.room.length = size - self.room.nodes
 
 # %% ../../nbs/02a_beam_tree.ipynb #71c80341
 TREE_ATTENTION = "beam_tree"
@@ -385,6 +400,7 @@ def _probe(model) -> str | None:
     path = torch.tensor([[6, 7], [8, 9]], device=device) % V
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
     try: return differs(model, _probe_logits(model, prompts, mask, path), prompts, mask, path)
+    except torch.OutOfMemoryError: raise                   # which says nothing about the model
     except Exception as e:
         first_line = str(e).splitlines()[0][:80] if str(e) else ""
         return f"it does not accept a tree ({type(e).__name__}: {first_line})"

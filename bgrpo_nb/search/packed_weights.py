@@ -1,4 +1,4 @@
-"""A guide to the key-value cache; then packed weights, compiled and captured steps, and what each of them costs.
+"""A guide to the key-value cache; then packed weights, compiled steps and static shapes, and what each of them costs.
 
 ## The key-value cache, a guide
 
@@ -39,7 +39,7 @@ as they were, also after an exception.
 Inside a forward over the tree only tensors change, so PyTorch can compile it: after `model.compile(dynamic=True)`
 every search of that model runs the same graph, whatever the prompts' length, the width or the step.
 
-## Static shapes and a captured step
+## Static shapes
 
 On a CPU the shapes of a search follow the need: only open beams are forwarded, prompts leave the batch, dead nodes
 are swept out.
@@ -167,22 +167,31 @@ def _groups(model):
     return together + alone
 
 # %% ../../nbs/03a_fast_search.ipynb #3f1a0002
-def _in_dtype(layer, dtype):
-    "The layer with a copy of its weights in another dtype; the input is cast by autocast"
-    weight = _out_by_in(layer).detach().to(dtype)
-    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-    return lambda x: F.linear(x, weight, bias)
+@torch.inference_mode(False)                   # so that every later search can write into them
+@torch.no_grad()
+def _cast(layer, dtype): # weight and bias or None
+    "Copies in another dtype"
+    return layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
 
-def _cast_once(layer, otherwise):
+def _cast_once(layer, otherwise, copies: dict): # (layer, dtype) -> what `_cast` gives
     "A forward that casts the layer's weights at the first product under autocast, and keeps the copy"
-    copies = {}
     def forward(x):
         device = x.device.type
         if not torch.is_autocast_enabled(device): return otherwise(x)
         dtype = torch.get_autocast_dtype(device)
-        if dtype not in copies: copies[dtype] = _in_dtype(layer, dtype)
-        return copies[dtype](x)
+        if (layer, dtype) not in copies: copies[layer, dtype] = _cast(layer, dtype)
+        weight, bias = copies[layer, dtype]
+        return F.linear(x, weight.T if isinstance(layer, Conv1D) else weight, bias)
     return forward
+
+def _refresh(copies: dict, layers: list):
+    "Copies of the weights as they are now, at the same addresses; those of layers that are gone are dropped"
+    layers = set(layers)
+    for layer, dtype in list(copies):
+        if layer not in layers or copies[layer, dtype][0].shape != layer.weight.shape: del copies[layer, dtype]
+        else:
+            for copy, now in zip(copies[layer, dtype], (layer.weight, layer.bias)):
+                if copy is not None: copy.copy_(now)
 
 # %% ../../nbs/03a_fast_search.ipynb #59429219
 FEWEST_PRODUCTS = 8            # fewer do not pay for the packing
@@ -191,8 +200,10 @@ _USED = WeakKeyDictionary()    # model -> the packed copies of its last search
 @contextmanager
 def packed_linears(model,
                    rows: int,      # of a step, all prompts together
-                   products: int): # of each layer, at most
+                   products: int,  # of each layer, at most
+                   copies: dict | None = None): # cast weights of earlier blocks, which this one writes anew
     "Linear layers for the time of a block: packed where that pays, and cast once under autocast"
+    copies = {} if copies is None else copies
     changed, keys, castable = [], [], [layer for layer in model.modules() if _is_plain(layer)]
     used = _USED.pop(model, [])
     pays = products >= FEWEST_PRODUCTS and packs() and not torch.is_autocast_enabled("cpu")
@@ -204,12 +215,13 @@ def packed_linears(model,
             for layer, forward in zip(layers, _forwards(layers, weights, biases)):
                 layer.forward = forward
                 changed.append(layer)
-        for layer in castable: layer.forward = _cast_once(layer, layer.forward)
+        _refresh(copies, castable)
+        for layer in castable: layer.forward = _cast_once(layer, layer.forward, copies)
         yield model
     finally:
         for layer in {*changed, *castable}: del layer.forward
-        copies = [_PACKED.pop(key)[0] for key in keys if key in _PACKED] # an inner block may have removed a shared one
-        if copies: _USED[model] = copies
+        packed = [_PACKED.pop(key)[0] for key in keys if key in _PACKED] # an inner block may have removed a shared one
+        if packed: _USED[model] = packed
 
 def forget_packed(model):
     "Free the memory of a model's packed copies"

@@ -170,7 +170,7 @@ def trace_samples(model, tokenizer, problem: Problem, num_samples: int = 8, temp
     prompt, search = _prompt(model, tokenizer, problem, max_new_tokens)
     random = torch.Generator(model.device).manual_seed(seed)
     drawn = sample(model, **prompt, num_return_sequences=num_samples, temperature=temperature, generator=random,
-                   static=False, **search)
+                   **search)
     counts = Counter(_paths(drawn)[0])
     logps = dict(zip(counts, token_logps(model, tokenizer, problem, list(counts))))
     paths = sorted(counts, key=lambda path: -sum(logps[path]))
