@@ -51,10 +51,10 @@ import shlex
 import sys
 import tempfile
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 
 # %% ../nbs/13_cli.ipynb #13cliimp1
+from . import __version__
 from .base.network import report_nothing
 from .base.signals import handled
 from .recipes.flags import Fault, describe_fields, read_config, unknown_flag
@@ -513,7 +513,7 @@ def main(argv: list[str] | None = None) -> int: # exit status, see the table abo
 
 def _run(argv) -> int:
     if not argv or argv[0] in ("-h", "--help"): return print(overview()) or 0
-    if argv[0] == "--version": return print(version("bgrpo_nb")) or 0
+    if argv[0] == "--version": return print(__version__) or 0
     report_nothing()
     if argv[0] not in COMMANDS: raise Fault(f"{unknown_flag(argv[0], list(COMMANDS))}; see `bgrpo --help`")
     run, _ = COMMANDS[argv[0]]

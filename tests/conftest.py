@@ -50,6 +50,11 @@ def pytest_unconfigure():
     if TEMP: shutil.rmtree(TEMP, ignore_errors=True)
 
 
+def pytest_configure(config):
+    "Values here are a CPU's, of the processes of tests too: a device in sight is seen by `-m cuda` alone"
+    if "cuda" not in (config.getoption("-m") or ""): os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config, items):
     "Tests marked `slow` run on request, `cuda` where there is a device"
     import torch

@@ -17,7 +17,7 @@ COMMANDS = ["demo", "generate", "sft", "filter", "train", "evaluate", "plot", "s
 def bgrpo(*words, cwd=None):
     "As typed by somebody who has set nothing up: WANDB_MODE would be announced on stdout"
     plain = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}
-    return subprocess.run([Path(sys.executable).with_name("bgrpo"), *map(str, words)], cwd=cwd, capture_output=True, text=True, env=plain)
+    return subprocess.run([sys.executable, "-m", "bgrpo_nb", *map(str, words)], cwd=cwd, capture_output=True, text=True, env=plain)
 
 
 @pytest.mark.parametrize("words", [[], *([c] for c in COMMANDS)], ids=["bgrpo", *COMMANDS])

@@ -29,7 +29,7 @@ FLAGS = [word for name, k in SMALL.items() for word in (f"--{name}", str(k))]
 
 
 def evaluate_in_a_process(*words, cwd):
-    command = [Path(sys.executable).with_name("bgrpo"), "evaluate", *map(str, words)]
+    command = [sys.executable, "-m", "bgrpo_nb", "evaluate", *map(str, words)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

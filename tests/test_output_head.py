@@ -166,6 +166,7 @@ for unused in (False, True):
         loss(model, rank, PIECES).backward()
         for p, q in zip(model.module.parameters(), alone.parameters()): torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-4)
 print("equal")
+dist.destroy_process_group()
 """
 
 

@@ -21,7 +21,7 @@ from bgrpo_nb.base.run_folder import check_space, open_run, read_metrics, newest
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
 
-BGRPO = str(Path(sys.executable).with_name("bgrpo"))
+BGRPO = ["-m", "bgrpo_nb"] # of Python, or of torchrun
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 ALONE = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_MODE": "disabled"}
 CLOCK = ("runtime", "seconds", "step_time", "per_second", "train_loss", "total_flos")
@@ -119,7 +119,7 @@ def command(policy, folder, processes=1, **more):
     flags = dict(model=policy, problems="p.txt", output_dir=folder, prompts_per_step=3, num_generations=4, num_iterations=2, max_steps=10, held_out=4, eval_steps=5, save_steps=3,
                  num_beams=4, wide_beams=4, num_samples=2, max_completion_length=6, warmup_steps=0, learning_rate=1e-3, use_cpu="true", report_to="none", disable_tqdm="true") | more
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
-    return [*start, BGRPO, "train", *(f"--{k}={v}" for k, v in flags.items())]
+    return [*start, *BGRPO, "train", *(f"--{k}={v}" for k, v in flags.items())]
 
 
 def start(command, cwd):

@@ -465,7 +465,7 @@ def test_the_figure_is_replaced_in_a_notebook(tmp_path):
 
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     write_problems(tmp_path / "p.txt", generate_problems(80, 3, 2, seed=50))
-    command = [Path(sys.executable).with_name("bgrpo"), "train", "--problems", "p.txt", "--output_dir", "run", "--prompts_per_step", "6", "--num_generations", "4",
+    command = [sys.executable, "-m", "bgrpo_nb", "train", "--problems", "p.txt", "--output_dir", "run", "--prompts_per_step", "6", "--num_generations", "4",
                "--max_steps", "30", "--held_out", "0", "--save_steps", "100"]
     running = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     metrics, end = tmp_path / "run/metrics.jsonl", time.time() + 120

@@ -31,7 +31,7 @@ from bgrpo_nb.recipes.train import TrainConfig
 from bgrpo_nb.recipes.wandb_logging import Guarded, at_wandb
 from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
 
-BGRPO = str(Path(sys.executable).with_name("bgrpo"))
+BGRPO = [sys.executable, "-m", "bgrpo_nb"]
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 PLAIN = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
 
@@ -459,7 +459,7 @@ def test_a_closed_terminal_stops_a_training_which_saves(tmp_path, policy):
     "The terminal is a pseudo-terminal; closing it sends SIGHUP, and printing to it then fails"
     write_problems(tmp_path / "p.txt", generate_problems(60, 2, 2, seed=50))
     flags = SFT | dict(max_steps=20000, save_steps=100000, eval_steps=100000, model=policy, problems="p.txt", output_dir="run", disable_tqdm="false")
-    words = [BGRPO, "sft", *(f"--{k}={v}" for k, v in flags.items() if v is not None)]
+    words = [*BGRPO, "sft", *(f"--{k}={v}" for k, v in flags.items() if v is not None)]
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
@@ -539,9 +539,9 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(monkeypatch, capsys):
 
 
 def test_a_closed_pipe_and_an_ascii_terminal(tmp_path):
-    done = subprocess.run(f"{BGRPO} train --help | head -1", shell=True, capture_output=True, text=True, env=PLAIN)
+    done = subprocess.run(f"{' '.join(BGRPO)} train --help | head -1", shell=True, capture_output=True, text=True, env=PLAIN)
     assert done.stdout.startswith("usage") and not done.stderr
-    done = subprocess.run([BGRPO, "--help"], capture_output=True, text=True, env=PLAIN | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    done = subprocess.run([*BGRPO, "--help"], capture_output=True, text=True, env=PLAIN | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
     assert done.returncode == 0 and not done.stderr
     code = "from bgrpo_nb.cli import main, COMMANDS\nCOMMANDS['demo'] = (lambda argv: print('3∘2'), '')\nmain(['demo'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=PLAIN | {"PYTHONIOENCODING": "ascii"})

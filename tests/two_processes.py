@@ -56,3 +56,4 @@ index = trainer.accelerator.process_index
 logged = [{k: v for k, v in row.items() if k.startswith(("groups/", "reward", "valid", "grad_norm", "entropy"))} for row in trainer.state.log_history if "loss" in row]
 (folder / f"seen_{index}.json").write_text(json.dumps(dict(seen=seen, advantages=batches, logged=logged)))
 if index == 0: torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), folder / "state.pt")
+trainer.accelerator.end_training()
