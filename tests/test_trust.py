@@ -25,6 +25,7 @@ from bgrpo_nb.base.signals import handled
 from bgrpo_nb.base.strict_yaml import parse_yaml
 from bgrpo_nb.cli import main
 from bgrpo_nb.learn.config import BGRPOConfig
+from bgrpo_nb.recipes.callbacks import StopCleanly
 from bgrpo_nb.recipes.flags import Fault, read_config
 from bgrpo_nb.recipes.sft import SupervisedConfig, train_policy
 from bgrpo_nb.recipes.train import TrainConfig
@@ -424,6 +425,65 @@ def test_signals_reach_the_handler_and_ignored_ones_stay_ignored():
         with handled(heard.append): os.kill(os.getpid(), signal.SIGHUP)
         assert heard == [signal.SIGTERM, signal.SIGHUP]
     finally: signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_closes_says_so_twice():
+    "Shell and system both send SIGHUP: a second one is no second wish"
+    heard, before = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with handled(heard.append):
+            for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP): os.kill(os.getpid(), number)
+        with StopCleanly() as stop:
+            for _ in range(2): os.kill(os.getpid(), signal.SIGHUP)
+        assert heard == [signal.SIGHUP, signal.SIGTERM] and stop.asked
+    finally: signal.signal(signal.SIGHUP, before)
+
+
+TWICE = """
+import os, signal, sys, time
+import bgrpo_nb.cli as cli
+def stops_slowly(argv):
+    try: os.kill(os.getpid(), signal.SIGINT)
+    finally: at_work()
+def ends_slowly(argv):
+    import atexit
+    atexit.register(at_work)
+def at_work():
+    print("at work", flush=True)
+    sum(range(10**12)) # one operation, which no handler of Python's interrupts
+cli.COMMANDS["generate"] = globals()[sys.argv.pop()], ""
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("command", ["stops_slowly", "ends_slowly"])
+def test_a_second_signal_ends_a_command_within_a_long_operation(command, tmp_path):
+    (tmp_path / "command.py").write_text(TWICE)
+    running = subprocess.Popen([sys.executable, "command.py", "generate", command], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN)
+    assert running.stdout.readline() == "at work\n"
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == -signal.SIGINT and not err
+
+
+def test_a_second_signal_ends_a_training_within_a_step(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("bgrpo_nb.base.signals._a_command", True)
+    try:
+        with StopCleanly() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.asked and signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "while it saves, too"
+    finally: signal.signal(signal.SIGINT, before)
+
+
+def test_no_second_signal_ends_a_kernel():
+    "In a notebook, and in these tests, it stops the training alone"
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopCleanly():
+        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_command_that_a_signal_stops_says_so(monkeypatch, capsys):
