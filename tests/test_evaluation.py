@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import sympy

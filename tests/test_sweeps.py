@@ -479,6 +479,8 @@ def test_what_cannot_be_done_is_one_line_and_status_2(place, capsys, monkeypatch
 
 
 def test_a_dry_run_times_one_trial_and_leaves_nothing(place):
+    "The program asks whether the folder is its own, as `bgrpo train` does"
+    (place / "toy.py").write_text(f"from bgrpo_nb.base.ownership import claim_folder\n{TOY}claim_folder(folder, 'run')\n")
     before = sorted(p.name for p in place.iterdir())
     status, said = launch("grid.yaml", "--dry-run", "--workers", 2)
     assert status == 0 and "36 trials" in said and "is run now to time it" in said and "are deleted" in said and "2 at a time" in said, said
