@@ -3,10 +3,12 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
+from bgrpo_nb.cli import main
 from bgrpo_nb.algebra.problems import generate_problems, polynomial_key, read_problems, write_problems
 from bgrpo_nb.solve.evaluation import Report
 from bgrpo_nb.base.run_folder import read_metrics
@@ -28,6 +30,32 @@ def test_help_comes_without_loading_anything_heavy(words):
     assert "usage: bgrpo" in done.stdout
 
 
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    write_problems(tmp_path / "good.txt", generate_problems(8, 2, 2, seed=3))
+    (tmp_path / "bad.txt").write_text("^ a P 4 ⁇ ^ a P 2\n+ a\n")
+    (tmp_path / "many.txt").write_text("* a7 a8 ⁇ a7\n")
+    (tmp_path / "bad.yaml").write_text("learnig_rate: 1e-4\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_MODE")
+
+
+def is_one_line(out, err, says):
+    lines = [row for row in err.splitlines() if row.strip()]
+    return not out and len(lines) == 1 and lines[0].startswith("bgrpo") and says in lines[0]
+
+
+@pytest.mark.parametrize("line,says", [
+    ("evaluate --problems nowhere.txt", "no file nowhere.txt"), ("train --objective best", "one of paper, original"), ("sft --preset huge", "tiny, small, paper")])
+def test_a_process_that_cannot_do_it_says_so_in_one_line(line, says, place):
+    "Nor do the libraries that it loads say anything"
+    done = bgrpo(*line.split())
+    assert done.returncode == 2 and is_one_line(done.stdout, done.stderr, says), done.stdout + done.stderr
+
+
+HIDDEN = DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning # Python shows none of them
+
+
 @pytest.mark.parametrize("line,says", [
     ("trian", "did you mean train"), ("generate", "required: out"), ("generate x --degrees 1_2", "both 2 or more"), ("generate x --n many", "no whole number"),
     ("evaluate --problems nowhere.txt", "no file nowhere.txt"), ("evaluate --model nowhere --problems good.txt", "no model at nowhere"),
@@ -38,15 +66,13 @@ def test_help_comes_without_loading_anything_heavy(words):
     ("sft --preset huge", "tiny, small, paper"), ("sft --problems good.txt", "lower --held_out"), ("analyze nowhere", "there is no nowhere; give a"), ("analyze .", "holds no run"), ("plot .", "no metrics.jsonl"), ("convert nowhere.pt out", "no checkpoint"),
     ("demo --output_dir .", "choose another"),
 ])
-def test_what_cannot_be_done_is_one_line_and_status_2(line, says, tmp_path):
-    write_problems(tmp_path / "good.txt", generate_problems(8, 2, 2, seed=3))
-    (tmp_path / "bad.txt").write_text("^ a P 4 ⁇ ^ a P 2\n+ a\n")
-    (tmp_path / "many.txt").write_text("* a7 a8 ⁇ a7\n")
-    (tmp_path / "bad.yaml").write_text("learnig_rate: 1e-4\n")
-    done = bgrpo(*line.split(), cwd=tmp_path)
-    assert done.returncode == 2 and not done.stdout, done.stdout + done.stderr
-    lines = [row for row in done.stderr.splitlines() if row.strip()]
-    assert len(lines) == 1 and lines[0].startswith("bgrpo") and says in lines[0], done.stderr
+def test_what_cannot_be_done_is_one_line_and_status_2(line, says, place, capfd):
+    "In this process, which has loaded the libraries"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(line.split()) == 2
+    assert is_one_line(*(said := capfd.readouterr()), says), said
+    assert not [w for w in caught if not issubclass(w.category, HIDDEN)]
 
 
 @pytest.mark.parametrize("path", sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*/*.yaml") if p.parent.name in ("sft", "train")), ids=lambda p: f"{p.parent.name}/{p.name}")
