@@ -50,15 +50,21 @@ def pytest_unconfigure():
     if TEMP: shutil.rmtree(TEMP, ignore_errors=True)
 
 
+# The files with most work, largest first: two workers take whole files, and a long one begun last keeps one alone
+LONGEST = ["test_" + name for name in ("trainer site resume generation sweeps cli trust constrained_training trl_contract "
+                                       "widgets across_machines").split()]
+
+
 def pytest_configure(config):
     "Values here are a CPU's, of the processes of tests too: a device in sight is seen by `-m cuda` alone"
     if "cuda" not in (config.getoption("-m") or ""): os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):
-    "Tests marked `slow` run on request, `cuda` where there is a device"
+    "Long files first; tests marked `slow` run on request, `cuda` where there is a device"
     import torch
     asked = config.getoption("-m") or ""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if "slow" in item.keywords and "slow" not in asked: item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
         if "cuda" in item.keywords and not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason="no CUDA device"))
