@@ -57,7 +57,8 @@ LONGEST = ["test_" + name for name in ("trainer site resume generation sweeps cl
 
 def pytest_configure(config):
     "Values here are a CPU's, of the processes of tests too: a device in sight is seen by `-m cuda` alone"
-    if "cuda" not in (config.getoption("-m") or ""): os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    asked = (config.getoption("-m") or "").replace("not cuda", "")
+    if "cuda" not in asked: os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):

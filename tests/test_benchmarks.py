@@ -1,11 +1,14 @@
-"What the benchmarks check before they time anything."
+"What the benchmarks check before they time anything, and what tests run on."
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import conftest
 from _beams import same_beams
 
 SEQUENCES = torch.tensor([[[1, 2], [1, 3], [2, 2], [3, 1], [3, 3]]])
@@ -23,3 +26,10 @@ def test_other_scores_and_other_sequences_are_seen():
     assert same_beams(SEQUENCES, SCORES, SEQUENCES, nudged)
     assert not same_beams(SEQUENCES, SCORES, SEQUENCES, SCORES + 2e-3)
     assert not same_beams(SEQUENCES, SCORES, SEQUENCES + torch.tensor([1, 0]), SCORES)
+
+
+@pytest.mark.parametrize("asked, seen", [("", ""), ("slow", ""), ("not cuda", ""), ("cuda", "7"), ("slow or cuda", "7")])
+def test_only_tests_that_ask_for_a_device_see_one(asked, seen, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    conftest.pytest_configure(SimpleNamespace(getoption={"-m": asked}.get))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
