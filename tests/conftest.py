@@ -10,6 +10,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)   # under nohup it is ignored, by the children of tests too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # and this one behind an `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def session_temp():
