@@ -53,8 +53,8 @@ def pytest_unconfigure():
 
 
 # The files with most work, largest first: two workers take whole files, and a long one begun last keeps one alone
-LONGEST = ["test_" + name for name in ("site sweeps trainer resume generation cli constrained_training trl_contract "
-                                       "widgets trust across_machines").split()]
+LONGEST = ["test_" + name for name in ("site sweeps trainer resume generation cli loading widgets constrained_training "
+                                       "trl_contract across_machines trust").split()]
 
 
 def pytest_configure(config):
