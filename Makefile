@@ -8,13 +8,15 @@ READY := .venv/.ready
 demo: $(READY)
 	@$(BIN)/bgrpo demo
 
-# One thread a process: two workers with two threads each would wait for one another most of the time
+# One thread a process: two workers with two threads each would wait for one another most of the time. Values in pages and
+# tests are those of a CPU, so only the tests marked `cuda` see a device
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
 	@$(BIN)/python nbs/_build/lint.py
 	@$(BIN)/python nbs/_build/sync.py --check
-	@temp=$$(mktemp -d) && trap 'rm -rf "$$temp"' EXIT && TMPDIR=$$temp $(BIN)/nbdev-test --n-workers 2 --timing
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@temp=$$(mktemp -d) && trap 'rm -rf "$$temp"' EXIT && CUDA_VISIBLE_DEVICES= TMPDIR=$$temp $(BIN)/nbdev-test --n-workers 2 --timing
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@! command -v nvidia-smi > /dev/null || $(BIN)/python -m pytest -m cuda
 
 # The fast tests of algebra, search, policy, learn and solve under the lowest versions that settings.ini declares, in an
 # environment of their own; `make test-oldest LOWEST=constraints.txt PYTHON=python3.13` runs them under another Python
@@ -27,7 +29,7 @@ test-oldest:
 	@$(PYTHON) tests/lowest_versions.py > $(OLDEST)/lowest.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LOWEST) -e ".[study,plots,widgets,wandb,lora]"
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-timeout pytest-xdist hypothesis
-	@$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $(CORE:%=tests/test_%.py)
+	@$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(CORE:%=tests/test_%.py)
 
 # An hour of hostile texts, kills, full disks and foreign folders; the report is runs/soak/report.json
 soak: export OMP_NUM_THREADS := 1

@@ -51,12 +51,12 @@ import shlex
 import sys
 import tempfile
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 
 # %% ../nbs/13_cli.ipynb #13cliimp1
+from . import __version__
 from .base.network import report_nothing
-from .base.signals import handled
+from .base.signals import end_at_once, handled, this_is_a_command
 from .recipes.flags import Fault, describe_fields, read_config, unknown_flag
 
 # %% ../nbs/13_cli.ipynb #f9524075
@@ -494,10 +494,13 @@ class Stopped(KeyboardInterrupt):
         super().__init__(message)
         self.status = status
 
-def _stop(number): raise Stopped(status=128 + number)
+def _stop(number):
+    end_at_once()
+    raise Stopped(status=128 + number)
 
 def main(argv: list[str] | None = None) -> int: # exit status, see the table above
-    "Run one command"
+    "Run one command; without `argv` the one of this process, which a second signal ends at once"
+    if argv is None: this_is_a_command()
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace") # a terminal without ∘
@@ -512,10 +515,11 @@ def main(argv: list[str] | None = None) -> int: # exit status, see the table abo
     except Fault as e: return _say(f"bgrpo {e}", 2)
     except (ValueError, OSError) as e: return _say(f"bgrpo: {str(e) or type(e).__name__}", 2)
     except Exception as e: return _say_of_loop(e) or _say(_unforeseen(e), 1)
+    finally: end_at_once()
 
 def _run(argv) -> int:
     if not argv or argv[0] in ("-h", "--help"): return print(overview()) or 0
-    if argv[0] == "--version": return print(version("bgrpo_nb")) or 0
+    if argv[0] == "--version": return print(__version__) or 0
     report_nothing()
     if argv[0] not in COMMANDS: raise Fault(f"{unknown_flag(argv[0], list(COMMANDS))}; see `bgrpo --help`")
     run, _ = COMMANDS[argv[0]]

@@ -10,6 +10,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)   # under nohup it is ignored, by the children of tests too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # and this one behind an `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def session_temp():
@@ -51,10 +53,22 @@ def pytest_unconfigure():
     if TEMP: shutil.rmtree(TEMP, ignore_errors=True)
 
 
+# The files with most work, largest first: two workers take whole files, and a long one begun last keeps one alone
+LONGEST = ["test_" + name for name in ("site sweeps trainer resume generation cli loading widgets constrained_training "
+                                       "trl_contract across_machines trust").split()]
+
+
+def pytest_configure(config):
+    "Values here are a CPU's, of the processes of tests too: a device in sight is seen by `-m cuda` alone"
+    asked = (config.getoption("-m") or "").replace("not cuda", "")
+    if "cuda" not in asked: os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config, items):
-    "Tests marked `slow` run on request, `cuda` where there is a device"
+    "Long files first; tests marked `slow` run on request, `cuda` where there is a device"
     import torch
     asked = config.getoption("-m") or ""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if "slow" in item.keywords and "slow" not in asked: item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
         if "cuda" in item.keywords and not torch.cuda.is_available(): item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -98,14 +98,18 @@ def first_line(e): return f"{type(e).__name__}: {next(iter(str(e).strip().splitl
 def too_slow(*_): raise TimeoutError("takes too long")
 
 
+def limit_work(seconds): # of this process, however busy the machine is; 0: no limit any more
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
 def examine(family) -> dict:
     "How a family is searched; whether each prompt's beams are those of a loop without a cache"
-    signal.signal(signal.SIGALRM, too_slow)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, too_slow)
+    limit_work(SECONDS)
     try: model = build(family)
     except Exception as e: return dict(found="not built", reason=first_line(e))
-    finally: signal.alarm(0)
-    signal.alarm(SECONDS)
+    finally: limit_work(0)
+    limit_work(SECONDS)
     try:
         reason = why_no_tree(model, 9)
         found = "tree" if reason is None else "rows" if why_no_cache(model, 9) is None else "whole texts"
@@ -113,7 +117,7 @@ def examine(family) -> dict:
         return dict(found=found, reason=reason or "", model=type(model).__name__, right=right)
     except TimeoutError as e: return dict(found="not built", reason=first_line(e))
     except Exception as e: return dict(found="refused" if isinstance(e, ValueError) else "fails", reason=first_line(e))
-    finally: signal.alarm(0)
+    finally: limit_work(0)
 
 
 def families() -> list[str]:

@@ -81,9 +81,10 @@ def evaluation(work, scale):
     "27,000 problems, killed seven times and resumed: the same files as without a kill"
     n, rng = int(27_000 * scale), random.Random(0)
     measured([*BGRPO, "generate", "test.txt", "--n", str(n), "--degrees", "2_2", "--canonical", "--overwrite"], work)
-    words = [*BGRPO, "evaluate", "--model", "tiny", "--problems", "test.txt", "--num_beams", "2", "--wide_beams", "2",
-             "--curve_beams", "0", "--num_samples", "1", "--out"]
-    found = dict(n=n, whole=measured([*words, "whole"], work), kills=0)
+    widths = dict(num_beams=2, wide_beams=2, curve_beams=0, num_samples=1) # narrower than usual: the kills count
+    words = [*BGRPO, "evaluate", "--model", "tiny", "--problems", "test.txt",
+             *[word for name, width in widths.items() for word in (f"--{name}", str(width))], "--out"]
+    found = dict(n=n, **widths, whole=measured([*words, "whole"], work), kills=0)
     for _ in range(7):
         running = subprocess.Popen([sys.executable, *words, "killed"], cwd=work, env=ENV, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)

@@ -55,3 +55,4 @@ for p, q in zip(whole.parameters(), sharded.parameters()):
 weight = sharded.model.layers[0].self_attn.q_proj.weight
 assert weight.to_local().shape[0] * 2 == weight.shape[0], "half of it lies here"
 print("equal")
+dist.destroy_process_group() # without it the threads of gloo may abort the process at its end

@@ -29,7 +29,7 @@ def train(folder, words, name):
     outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, *words, *SMALL, "--output_dir", name]
     done = subprocess.run(command, cwd=folder, env=outside | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          timeout=500)
+                          timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [{k: row.get(k) for k in LOGGED} for row in read_metrics(folder / name / "metrics.jsonl")]
     return rows, load_file(folder / name / "policy/model.safetensors")

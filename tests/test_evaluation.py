@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ FLAGS = [word for name, k in SMALL.items() for word in (f"--{name}", str(k))]
 
 
 def evaluate_in_a_process(*words, cwd):
-    command = [Path(sys.executable).with_name("bgrpo"), "evaluate", *map(str, words)]
+    command = [sys.executable, "-m", "bgrpo_nb", "evaluate", *map(str, words)]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -162,10 +161,10 @@ def test_a_killed_evaluation_continues(sets, tmp_path):
     def whole_run(name): return evaluate_files(["tiny"], [sets / "mixed.txt"], tmp_path / name, batch_size=1, **SMALL)
     def lines(name): return sum(p.read_bytes().count(b"\n") for p in (tmp_path / name / "store").glob("*.jsonl"))
     words = ["--problems", sets / "mixed.txt", *FLAGS, "--batch_size", 1, "--out", "killed"]
-    process, deadline = evaluate_in_a_process(*words, cwd=tmp_path), time.monotonic() + 200
+    process, deadline = evaluate_in_a_process(*words, cwd=tmp_path), time.monotonic() + 900
     while lines("killed") < 14 and process.poll() is None and time.monotonic() < deadline: time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL and not (tmp_path / "killed/results.json").exists()
+    assert process.wait(timeout=900) == -signal.SIGKILL and not (tmp_path / "killed/results.json").exists()
     found = {p: p.read_bytes() for p in (tmp_path / "killed/store").glob("*.jsonl")}
     first = next(p for p in found if p.name.startswith("beams-1-"))
     with first.open("ab") as file: file.write(b'{"problem": 3, "reasons": "ok')

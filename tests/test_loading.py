@@ -120,7 +120,7 @@ def in_new_process(code, cwd, **env):
     started = time.time()
     env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), HF_HOME=str(cwd / "hf")) | env
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, input="y\n" * 50, text=True,
-                          capture_output=True, timeout=240)
+                          capture_output=True, timeout=900)
     return done, time.time() - started
 
 

@@ -54,7 +54,7 @@ for words in json.load(sys.stdin):
 
 def run(code, given, folder):
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(given), cwd=folder, env=environment, text=True, capture_output=True, timeout=500)
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(given), cwd=folder, env=environment, text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -21,7 +21,7 @@ from bgrpo_nb.base.run_folder import check_space, open_run, read_metrics, newest
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
 
-BGRPO = str(Path(sys.executable).with_name("bgrpo"))
+BGRPO = ["-m", "bgrpo_nb"] # of Python, or of torchrun
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 ALONE = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_MODE": "disabled"}
 CLOCK = ("runtime", "seconds", "step_time", "per_second", "train_loss", "total_flos")
@@ -119,7 +119,7 @@ def command(policy, folder, processes=1, **more):
     flags = dict(model=policy, problems="p.txt", output_dir=folder, prompts_per_step=3, num_generations=4, num_iterations=2, max_steps=10, held_out=4, eval_steps=5, save_steps=3,
                  num_beams=4, wide_beams=4, num_samples=2, max_completion_length=6, warmup_steps=0, learning_rate=1e-3, use_cpu="true", report_to="none", disable_tqdm="true") | more
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
-    return [*start, BGRPO, "train", *(f"--{k}={v}" for k, v in flags.items())]
+    return [*start, *BGRPO, "train", *(f"--{k}={v}" for k, v in flags.items())]
 
 
 def start(command, cwd):
@@ -128,7 +128,7 @@ def start(command, cwd):
 
 
 def after_step(running, metrics, step):
-    end = time.time() + 300
+    end = time.time() + 900
     def reached():
         rows = read_metrics(metrics) if metrics.exists() else []
         return any("loss" in row and row["step"] >= step for row in rows)
@@ -194,7 +194,7 @@ def test_sigterm_at_one_of_two_processes_saves_and_ends_both(policy, tmp_path):
     after_step(running, tmp_path / "run/metrics.jsonl", 2)
     workers = [p for p in children(running.pid) if b"train" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(max(workers), signal.SIGTERM)
-    said, errors = running.communicate(timeout=240)
+    said, errors = running.communicate(timeout=900)
     assert said.count("stopped after step") == 1 and "resume with: bgrpo train" in said, said + errors[-3000:]
     step = int(said.split("stopped after step ")[1].split(",")[0])
     checkpoint = newest_checkpoint(tmp_path / "run")
@@ -280,7 +280,7 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(policy, tmp_path):
            "    except OSError: pass\n" \
            "threading.Thread(target=fill, daemon=True).start()\n" \
            "from bgrpo_nb.cli import main\nsys.exit(main(sys.argv[1:]))"
-    done = on_a_small_disk([sys.executable, "-c", fill, *words[1:], "--max_steps=50"], tmp_path, "3m")
+    done = on_a_small_disk([sys.executable, "-c", fill, *words[2:], "--max_steps=50"], tmp_path, "3m")
     assert done.returncode == 2, done.stdout + done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("bgrpo:")]
     assert len(said) == 1 and "cannot be written" in said[0] and "--resume" in said[0], done.stderr[-2000:]

@@ -25,13 +25,14 @@ from bgrpo_nb.base.signals import handled
 from bgrpo_nb.base.strict_yaml import parse_yaml
 from bgrpo_nb.cli import main
 from bgrpo_nb.learn.config import BGRPOConfig
+from bgrpo_nb.recipes.callbacks import StopCleanly
 from bgrpo_nb.recipes.flags import Fault, read_config
 from bgrpo_nb.recipes.sft import SupervisedConfig, train_policy
 from bgrpo_nb.recipes.train import TrainConfig
 from bgrpo_nb.recipes.wandb_logging import Guarded, at_wandb
 from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
 
-BGRPO = str(Path(sys.executable).with_name("bgrpo"))
+BGRPO = [sys.executable, "-m", "bgrpo_nb"]
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 PLAIN = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
 
@@ -426,6 +427,65 @@ def test_signals_reach_the_handler_and_ignored_ones_stay_ignored():
     finally: signal.signal(signal.SIGHUP, before)
 
 
+def test_a_terminal_that_closes_says_so_twice():
+    "Shell and system both send SIGHUP: a second one is no second wish"
+    heard, before = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with handled(heard.append):
+            for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP): os.kill(os.getpid(), number)
+        with StopCleanly() as stop:
+            for _ in range(2): os.kill(os.getpid(), signal.SIGHUP)
+        assert heard == [signal.SIGHUP, signal.SIGTERM] and stop.asked
+    finally: signal.signal(signal.SIGHUP, before)
+
+
+TWICE = """
+import os, signal, sys, time
+import bgrpo_nb.cli as cli
+def stops_slowly(argv):
+    try: os.kill(os.getpid(), signal.SIGINT)
+    finally: at_work()
+def ends_slowly(argv):
+    import atexit
+    atexit.register(at_work)
+def at_work():
+    print("at work", flush=True)
+    sum(range(10**12)) # one operation, which no handler of Python's interrupts
+cli.COMMANDS["generate"] = globals()[sys.argv.pop()], ""
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("command", ["stops_slowly", "ends_slowly"])
+def test_a_second_signal_ends_a_command_within_a_long_operation(command, tmp_path):
+    (tmp_path / "command.py").write_text(TWICE)
+    running = subprocess.Popen([sys.executable, "command.py", "generate", command], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=PLAIN)
+    assert running.stdout.readline() == "at work\n"
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=900)
+    assert running.returncode == -signal.SIGINT and not err
+
+
+def test_a_second_signal_ends_a_training_within_a_step(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("bgrpo_nb.base.signals._a_command", True)
+    try:
+        with StopCleanly() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.asked and signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "while it saves, too"
+    finally: signal.signal(signal.SIGINT, before)
+
+
+def test_no_second_signal_ends_a_kernel():
+    "In a notebook, and in these tests, it stops the training alone"
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopCleanly():
+        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_command_that_a_signal_stops_says_so(monkeypatch, capsys):
     import bgrpo_nb.cli as cli
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -459,12 +519,12 @@ def test_a_closed_terminal_stops_a_training_which_saves(tmp_path, policy):
     "The terminal is a pseudo-terminal; closing it sends SIGHUP, and printing to it then fails"
     write_problems(tmp_path / "p.txt", generate_problems(60, 2, 2, seed=50))
     flags = SFT | dict(max_steps=20000, save_steps=100000, eval_steps=100000, model=policy, problems="p.txt", output_dir="run", disable_tqdm="false")
-    words = [BGRPO, "sft", *(f"--{k}={v}" for k, v in flags.items() if v is not None)]
+    words = [*BGRPO, "sft", *(f"--{k}={v}" for k, v in flags.items() if v is not None)]
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
         os.execvpe(words[0], words, PLAIN)
-    metrics, end = tmp_path / "run/metrics.jsonl", time.time() + 120
+    metrics, end = tmp_path / "run/metrics.jsonl", time.time() + 900
     while time.time() < end and not (metrics.exists() and metrics.read_text().count("\n") > 3): time.sleep(0.05)
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
@@ -539,9 +599,9 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(monkeypatch, capsys):
 
 
 def test_a_closed_pipe_and_an_ascii_terminal(tmp_path):
-    done = subprocess.run(f"{BGRPO} train --help | head -1", shell=True, capture_output=True, text=True, env=PLAIN)
+    done = subprocess.run(f"{' '.join(BGRPO)} train --help | head -1", shell=True, capture_output=True, text=True, env=PLAIN)
     assert done.stdout.startswith("usage") and not done.stderr
-    done = subprocess.run([BGRPO, "--help"], capture_output=True, text=True, env=PLAIN | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    done = subprocess.run([*BGRPO, "--help"], capture_output=True, text=True, env=PLAIN | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
     assert done.returncode == 0 and not done.stderr
     code = "from bgrpo_nb.cli import main, COMMANDS\nCOMMANDS['demo'] = (lambda argv: print('3∘2'), '')\nmain(['demo'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=PLAIN | {"PYTHONIOENCODING": "ascii"})

@@ -1,4 +1,5 @@
 "Averages of weights and the optimizer's warm-up in a training by beams: against the slow form, resumed, with LoRA."
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -188,8 +189,10 @@ def test_two_processes_average_as_one(policy, tmp_path):
         folder = tmp_path / str(n)
         folder.mkdir()
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        more = '{"ema_decay": 0.6, "average_with_start": 0.25, "save_strategy": "steps", "save_steps": 1}'
-        subprocess.run([*start, script, folder, policy, str(rows), more], check=True, timeout=300, capture_output=True)
+        job = dict(folder=str(folder), policy=str(policy), rows=rows, ema_decay=0.6, average_with_start=0.25,
+                   save_strategy="steps", save_steps=1)
+        (folder / "jobs.json").write_text(json.dumps([job]))
+        subprocess.run([*start, script, folder / "jobs.json"], check=True, timeout=900, capture_output=True)
         ends.append(load_file(folder / "checkpoint-2/model.safetensors"))
         state = torch.load(folder / "state.pt")
         for name, saved in ends[-1].items(): torch.testing.assert_close(saved, state[name], atol=0, rtol=0)

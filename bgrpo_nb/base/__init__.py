@@ -11,7 +11,7 @@
   `checkpoints`, `newest_checkpoint`)
 - `run_folder`: what a run leaves behind: config, metrics, result, and where they came from
   (`open_run`, `read_metrics`, `best_of`, `provenance`)
-- `signals`: Ctrl-C, SIGTERM and a closed terminal (`handled`)
+- `signals`: Ctrl-C, SIGTERM and a closed terminal (`handled`, `end_at_once`)
 - `network`: with whom the package speaks over the network (`logged_in`, `report_nothing`)
 - `processes`: child processes that end together with the process that started them (`start`, `end`, `follow`)
 - `plotting`: the style of all figures (`use_style`)

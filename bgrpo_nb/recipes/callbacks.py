@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bgrpo_nb.base.plotting import can_draw
 from bgrpo_nb.base.run_folder import read_metrics
-from bgrpo_nb.base.signals import handled
+from bgrpo_nb.base.signals import end_at_once, handled
 
 
 class RunLog(TrainerCallback):
@@ -83,6 +83,7 @@ class StopCleanly(TrainerCallback):
     def _ask(self, number):
         if self.asked: raise KeyboardInterrupt
         self.asked = True
+        end_at_once()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.everywhere = self.asked

@@ -292,6 +292,7 @@ def dry_run(sweep: Sweep, workers=1, seed=0, gpus=None, threads=None, show=print
     os.environ |= shares(workers, gpus, threads)[0]
     with Stop() as stop, tempfile.TemporaryDirectory() as temporary:
         where, began = Path(temporary).resolve(), time.monotonic()
+        claim_folder(where, "run")
         flags = sweep.fixed | parameters | dict(seed=points[0].seed, output_dir=str(where))
         status, why = follow(words(sweep.command, flags), where, lambda row: None, stop)
         seconds, printed = time.monotonic() - began, last_lines(where / "log.txt")
