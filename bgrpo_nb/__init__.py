@@ -63,6 +63,8 @@ Folders and modules, from the ground up:
   checkpoint stays.
 - `learn.group_rewards`: What depends on all completions of a prompt: right answers, bonus, balance, baselines, and
   metrics by rank.
+- `learn.optimizer_warmup`: Adam sees a few batches before it takes its first step, so that its first steps are no
+  guesses.
 - `learn.output_head`: Log-probabilities of a large vocabulary without the logits of all tokens at once, forward
   and backward.
 - `learn.ranking`: Hits, NDCG and penalties by rank, as rewards and as metrics, where each prompt has a target and
@@ -79,6 +81,8 @@ Folders and modules, from the ground up:
   and the fitting one is chosen.
 - `learn.trl_batching`: From rows that repeat a prompt to one beam search per prompt, whichever process the rows
   are on.
+- `learn.weight_averages`: The policy that is measured and saved is an average of weights: along the run, or
+  between its start and its end.
 
 `bgrpo_nb.solve`: Policies meet polynomials: search, verify, filter, evaluate, decompose.
 - `solve.beam_filter`: Keep the problems whose answer is among the top beams: hard enough to teach, not too hard to
@@ -116,6 +120,8 @@ polynomials.
 - `recipes.sft`: A policy learns to write the canonical inner polynomial, from problems that are never shown twice.
 - `recipes.train`: Problems are chosen, a policy is trained by its beams, validated and saved: what `bgrpo train`
   does.
+- `recipes.validation`: A policy is measured before, during and after a run, on new problems and on what it knew;
+  the best one is saved.
 - `recipes.wandb_logging`: A run at Weights & Biases (W&B): started, continued after a resume, given panels, and
   ended.
 

@@ -404,6 +404,8 @@ d = {
     ('config.html#_faults_of_sizes', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_tries':
     ('config.html#_faults_of_tries', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_weights':
+    ('config.html#_faults_of_weights', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_with_beams':
     ('config.html#_faults_with_beams', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._processes':
@@ -521,6 +523,16 @@ d = {
    'bgrpo_nb.learn.group_rewards._spread':
     ('group_rewards.html#_spread', 'bgrpo_nb/learn/group_rewards.py'),
   },
+  'bgrpo_nb.learn.optimizer_warmup': {
+   'bgrpo_nb.learn.optimizer_warmup.OptimizerWarmupTrainer':
+    ('optimizer_warmup.html#optimizerwarmuptrainer', 'bgrpo_nb/learn/optimizer_warmup.py'),
+   'bgrpo_nb.learn.optimizer_warmup.OptimizerWarmupTrainer.__init__':
+    ('optimizer_warmup.html#optimizerwarmuptrainer.__init__', 'bgrpo_nb/learn/optimizer_warmup.py'),
+   'bgrpo_nb.learn.optimizer_warmup.OptimizerWarmupTrainer.create_scheduler':
+    ('optimizer_warmup.html#optimizerwarmuptrainer.create_scheduler', 'bgrpo_nb/learn/optimizer_warmup.py'),
+   'bgrpo_nb.learn.optimizer_warmup._held_back':
+    ('optimizer_warmup.html#_held_back', 'bgrpo_nb/learn/optimizer_warmup.py'),
+  },
   'bgrpo_nb.learn.output_head': {
    'bgrpo_nb.learn.output_head._forms':
     ('output_head.html#_forms', 'bgrpo_nb/learn/output_head.py'),
@@ -632,12 +644,16 @@ d = {
     ('trainer.html#bgrpotrainer._note_token_ratio', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._obey':
     ('trainer.html#bgrpotrainer._obey', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._over_the_trie':
+    ('trainer.html#bgrpotrainer._over_the_trie', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._prepare_inputs':
     ('trainer.html#bgrpotrainer._prepare_inputs', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._renormalizing':
     ('trainer.html#bgrpotrainer._renormalizing', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._roll_out':
     ('trainer.html#bgrpotrainer._roll_out', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._rows_that_teach':
+    ('trainer.html#bgrpotrainer._rows_that_teach', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.evaluate':
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.identity':
@@ -820,6 +836,58 @@ d = {
     ('trl_batching.html#roll_out', 'bgrpo_nb/learn/trl_batching.py'),
    'bgrpo_nb.learn.trl_batching.share_groups':
     ('trl_batching.html#share_groups', 'bgrpo_nb/learn/trl_batching.py'),
+  },
+  'bgrpo_nb.learn.weight_averages': {
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer':
+    ('weight_averages.html#averagingtrainer', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer.__init__':
+    ('weight_averages.html#averagingtrainer.__init__', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer._load_rng_state':
+    ('weight_averages.html#averagingtrainer._load_rng_state', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer._save_rng_state':
+    ('weight_averages.html#averagingtrainer._save_rng_state', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer.averaged':
+    ('weight_averages.html#averagingtrainer.averaged', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer.evaluate':
+    ('weight_averages.html#averagingtrainer.evaluate', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.AveragingTrainer.save_model':
+    ('weight_averages.html#averagingtrainer.save_model', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages':
+    ('weight_averages.html#weightaverages', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.__init__':
+    ('weight_averages.html#weightaverages.__init__', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.average':
+    ('weight_averages.html#weightaverages.average', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.in_place':
+    ('weight_averages.html#weightaverages.in_place', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.put':
+    ('weight_averages.html#weightaverages.put', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages.WeightAverages.update':
+    ('weight_averages.html#weightaverages.update', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging':
+    ('weight_averages.html#_averaging', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging.__init__':
+    ('weight_averages.html#_averaging.__init__', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging.on_optimizer_step':
+    ('weight_averages.html#_averaging.on_optimizer_step', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging.on_train_begin':
+    ('weight_averages.html#_averaging.on_train_begin', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._Averaging.on_train_end':
+    ('weight_averages.html#_averaging.on_train_end', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._asked':
+    ('weight_averages.html#_asked', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._copy':
+    ('weight_averages.html#_copy', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._in_words':
+    ('weight_averages.html#_in_words', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._read':
+    ('weight_averages.html#_read', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._set':
+    ('weight_averages.html#_set', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._settings':
+    ('weight_averages.html#_settings', 'bgrpo_nb/learn/weight_averages.py'),
+   'bgrpo_nb.learn.weight_averages._write':
+    ('weight_averages.html#_write', 'bgrpo_nb/learn/weight_averages.py'),
   },
   'bgrpo_nb.policy.checkpoints': {
    'bgrpo_nb.policy.checkpoints._check_heads':
@@ -1054,52 +1122,112 @@ d = {
     ('train.html#trainconfig.__post_init__', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._Trainer':
     ('train.html#_trainer', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._Trainer._determine_best_metric':
+    ('train.html#_trainer._determine_best_metric', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._Trainer.create_model_card':
     ('train.html#_trainer.create_model_card', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator':
-    ('train.html#_validator', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator.__call__':
-    ('train.html#_validator.__call__', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator.__init__':
-    ('train.html#_validator.__init__', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator._logps':
-    ('train.html#_validator._logps', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator.kl_to_start':
-    ('train.html#_validator.kl_to_start', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._Validator.remember':
-    ('train.html#_validator.remember', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._check_lengths':
     ('train.html#_check_lengths', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._completions_of':
     ('train.html#_completions_of', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._describe':
     ('train.html#_describe', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._end':
+    ('train.html#_end', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._generate':
     ('train.html#_generate', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._generated':
     ('train.html#_generated', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._is_validation':
-    ('train.html#_is_validation', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._known':
+    ('train.html#_known', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._make_trainer':
     ('train.html#_make_trainer', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._measure_nothing':
+    ('train.html#_measure_nothing', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._named_problems':
     ('train.html#_named_problems', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._numbers':
-    ('train.html#_numbers', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._refuse':
     ('train.html#_refuse', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._set_apart':
     ('train.html#_set_apart', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._train':
     ('train.html#_train', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._validate_last_step':
-    ('train.html#_validate_last_step', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._validations':
     ('train.html#_validations', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._write_policy':
+    ('train.html#_write_policy', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train.choose_problems':
     ('train.html#choose_problems', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train.train_bgrpo':
     ('train.html#train_bgrpo', 'bgrpo_nb/recipes/train.py'),
+  },
+  'bgrpo_nb.recipes.validation': {
+   'bgrpo_nb.recipes.validation.Change':
+    ('validation.html#change', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Change.verdict':
+    ('validation.html#change.verdict', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.StartAndEnd':
+    ('validation.html#startandend', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.StartAndEnd.__init__':
+    ('validation.html#startandend.__init__', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.StartAndEnd.on_evaluate':
+    ('validation.html#startandend.on_evaluate', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.StartAndEnd.on_step_end':
+    ('validation.html#startandend.on_step_end', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator':
+    ('validation.html#validator', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.__call__':
+    ('validation.html#validator.__call__', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.__init__':
+    ('validation.html#validator.__init__', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator._logps':
+    ('validation.html#validator._logps', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator._report':
+    ('validation.html#validator._report', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.changes':
+    ('validation.html#validator.changes', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.kl_to_start':
+    ('validation.html#validator.kl_to_start', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.measure':
+    ('validation.html#validator.measure', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.Validator.remember':
+    ('validation.html#validator.remember', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation._as_logged':
+    ('validation.html#_as_logged', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation._numbers':
+    ('validation.html#_numbers', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation._parts':
+    ('validation.html#_parts', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation._value':
+    ('validation.html#_value', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.can_load_best':
+    ('validation.html#can_load_best', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.changes':
+    ('validation.html#changes', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.in_one_line':
+    ('validation.html#in_one_line', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.is_validation':
+    ('validation.html#is_validation', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.known_problems':
+    ('validation.html#known_problems', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.known_to':
+    ('validation.html#known_to', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.of_kind':
+    ('validation.html#of_kind', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.read_reports':
+    ('validation.html#read_reports', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.refuse_best':
+    ('validation.html#refuse_best', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.reports_of':
+    ('validation.html#reports_of', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.saved_step':
+    ('validation.html#saved_step', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.summary':
+    ('validation.html#summary', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.which_policy':
+    ('validation.html#which_policy', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.write_reports':
+    ('validation.html#write_reports', 'bgrpo_nb/recipes/validation.py'),
   },
   'bgrpo_nb.recommend.catalogue': {
    'bgrpo_nb.recommend.catalogue.Catalogue':
@@ -1864,10 +1992,16 @@ d = {
   'bgrpo_nb.solve.decomposition_reward': {
    'bgrpo_nb.solve.decomposition_reward._canonical_or_constant':
     ('decomposition_reward.html#_canonical_or_constant', 'bgrpo_nb/solve/decomposition_reward.py'),
+   'bgrpo_nb.solve.decomposition_reward._is_own_form':
+    ('decomposition_reward.html#_is_own_form', 'bgrpo_nb/solve/decomposition_reward.py'),
    'bgrpo_nb.solve.decomposition_reward.answer_key':
     ('decomposition_reward.html#answer_key', 'bgrpo_nb/solve/decomposition_reward.py'),
+   'bgrpo_nb.solve.decomposition_reward.canonical_or_wrong':
+    ('decomposition_reward.html#canonical_or_wrong', 'bgrpo_nb/solve/decomposition_reward.py'),
    'bgrpo_nb.solve.decomposition_reward.decomposition_reward':
     ('decomposition_reward.html#decomposition_reward', 'bgrpo_nb/solve/decomposition_reward.py'),
+   'bgrpo_nb.solve.decomposition_reward.is_canonical':
+    ('decomposition_reward.html#is_canonical', 'bgrpo_nb/solve/decomposition_reward.py'),
   },
   'bgrpo_nb.solve.evaluation': {
    'bgrpo_nb.solve.evaluation.Difference':
@@ -2216,6 +2350,8 @@ d = {
     ('run_readers.html#run', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._as_dict':
     ('run_readers.html#_as_dict', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers._change_metrics':
+    ('run_readers.html#_change_metrics', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._choose_study':
     ('run_readers.html#_choose_study', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._degree_metrics':

@@ -194,7 +194,8 @@ def _train(command, argv):
     if command == "sft": from bgrpo_nb.recipes.sft import SupervisedConfig as Config, train_policy as run
     else: from bgrpo_nb.recipes.train import TrainConfig as Config, train_bgrpo as run
     from bgrpo_nb.recipes.wandb_logging import agent_flags
-    config = read_config(Config, agent_flags(argv), f"bgrpo {command}")
+    cheap = ["--known_problems=0"] if command == "train" else []   # what a trial of a sweep does not pay for
+    config = read_config(Config, agent_flags(argv, cheap), f"bgrpo {command}")
     result = run(config)
     _leave_the_process_group()
     if config.process_index == 0: _report_training(command, argv, config, result) # one process prints for all
@@ -217,6 +218,7 @@ def _report_training(command, argv, config, result):
     if reports: print(reports[0])
     if len(reports) > 1: print(reports[-1])
     if result.get("best"): print(best_table(result["best"]))
+    for line in result.get("summary", []): print(line)
     print(f"{result['step']} steps in {result['seconds']:.0f} s; the policy is in {Path(config.output_dir) / 'policy'}")
 
 # %% ../nbs/13_cli.ipynb #78048f1d

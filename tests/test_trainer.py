@@ -32,8 +32,10 @@ from bgrpo_nb.solve.decomposition_reward import decomposition_reward
 from bgrpo_nb.base.run_folder import read_metrics
 from bgrpo_nb.learn.arguments import check_checkpointing
 from bgrpo_nb.learn.config import BGRPOConfig
+from bgrpo_nb.learn import trainer as trainer_module
 from bgrpo_nb.learn.trainer import BGRPOTrainer
-from bgrpo_nb.recipes.train import TrainConfig, _Validator, choose_problems, train_bgrpo
+from bgrpo_nb.recipes.train import TrainConfig, choose_problems, train_bgrpo
+from bgrpo_nb.recipes.validation import Validator
 
 TESTS = Path(__file__).parent
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -157,6 +159,53 @@ def test_the_trie_and_full_rows_give_one_loss_and_one_gradient(tmp_path):
 
     (loss, gradient), (other_loss, other) = loss_and_gradient(True), loss_and_gradient(False)
     assert abs(loss - other_loss) < 1e-5 and (gradient - other).norm() < 1e-4 * other.norm()
+
+
+@pytest.mark.parametrize("kind", ["rows", "tokens"])
+def test_groups_without_an_advantage_cost_no_gradient_and_change_nothing(tmp_path, kind, monkeypatch):
+    "Two of four groups teach; loss, gradient and entropy are those of one forward of all rows"
+    batches, forwards = [], []
+    trainer = BGRPOTrainer("tiny", by_length([]), settings(tmp_path, max_steps=1, learning_rate=0.0), prompts())
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: (batches.append(inputs), compute(model, inputs))[1]
+    trainer.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = batches[0]
+    off = torch.arange(16) % 8 < 4
+    if kind == "tokens": inputs["advantages"] = inputs["advantages"][:, None] * inputs["completion_mask"]
+    inputs["advantages"] = inputs["advantages"].clone()
+    inputs["advantages"][off] = 0
+    inner = trainer_module.trie_logps
+    monkeypatch.setattr(trainer_module, "trie_logps", lambda model, ids, *more: (
+        forwards.append((len(ids), torch.is_grad_enabled())), inner(model, ids, *more))[1])
+
+    def measured():
+        trainer.model.train()
+        trainer.model.zero_grad()
+        trainer._metrics["train"].clear()
+        forwards.clear()
+        loss = compute(trainer.model, inputs)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+        return loss.item(), gradient, trainer._metrics["train"]["entropy"], list(forwards)
+
+    loss, gradient, entropy, split = measured()
+    monkeypatch.setattr(trainer, "_rows_that_teach", lambda inputs: None)
+    other_loss, other, other_entropy, whole = measured()
+    assert split == [(8, False), (8, True)] and whole == [(16, True)]
+    assert abs(loss - other_loss) < 1e-5 and (gradient - other).norm() < 1e-4 * other.norm() and other.norm() > 0
+    assert entropy == pytest.approx(other_entropy, abs=1e-5)
+
+
+@pytest.mark.parametrize("more,advantages", [
+    (dict(beta=0.1), [0.0, 1.0]), (dict(share_prefixes=False), [0.0, 1.0]), ({}, [1.0, 1.0]), ({}, [0.0, 0.0])])
+def test_all_rows_have_gradients_where_all_may_be_moved(saved, tmp_path, more, advantages):
+    "A KL term moves every row; a batch in which nothing teaches still needs a gradient"
+    trainer = BGRPOTrainer(str(saved), by_length([]), settings(tmp_path, **more), prompts())
+    inputs = dict(prompt_ids=torch.tensor([[5], [6]]), prompt_mask=torch.ones(2, 1, dtype=torch.long),
+                  advantages=torch.tensor(advantages))
+    assert trainer._rows_that_teach(inputs) is None
+    if not more: assert trainer._rows_that_teach(inputs | dict(advantages=torch.tensor([0.0, 2.0]))).tolist() == [False, True]
 
 
 def run_processes(folder, policy, processes, rows, more):
@@ -332,7 +381,7 @@ def test_kl_to_start_is_that_of_the_two_policies(saved, tmp_path):
         for p in moved.parameters(): p += 0.01 * torch.randn_like(p)
     config = miniature(tmp_path, saved, max_completion_length=10, eval_strategy="no", eval_on_start=False)
     problems = generate_problems(300, 2, 2, seed=9)
-    validator = _Validator(problems, config)
+    validator = Validator(problems, config)
     trainer = BGRPOTrainer(start, by_length([]), config, prompts(), processing_class=load_tokenizer("single"))
     validator.remember(trainer)
     assert validator.kl_to_start(start) < 1e-9

@@ -38,7 +38,7 @@ def small_sets(prompts): # of 5, 4, 3, 2 or 1 sequences, by the length of the pr
 constraint = {None: None, "small sets": small_sets, "grammar": PrefixGrammar(tokenizer, renormalize=True)}[kind]
 prompts = [p.prompt for p in generate_problems(4, 2, 2, seed=5) + generate_problems(4, 3, 2, seed=5)]
 config = BGRPOConfig(output_dir=str(folder), num_generations=4, per_device_train_batch_size=rows, max_steps=2, max_completion_length=8, learning_rate=1e-3,
-                     warmup_steps=0, use_cpu=True, disable_tqdm=True, save_strategy="no", seed=1, **more)
+                     warmup_steps=0, use_cpu=True, disable_tqdm=True, seed=1, **dict(save_strategy="no") | more)
 trainer = BGRPOTrainer(load_model(policy, device="cpu"), reward, config, Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer, constraint=constraint)
 batches = []
 generate = trainer._generate_and_score_completions

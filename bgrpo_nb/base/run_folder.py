@@ -196,6 +196,14 @@ def _megabytes(n): # bytes
 def _bytes_of(parameters): return sum(p.numel() * p.element_size() for p in parameters)
 
 
+def _bytes_of_averages(args, model):
+    "Of the weights of the last step, and of the average and the start in float32, where they are kept"
+    along, start = getattr(args, "ema_decay", 0) > 0, getattr(args, "average_with_start", 1) < 1
+    trained = [p for p in model.parameters() if p.requires_grad]
+    last = _bytes_of(trained) if along or start else 0
+    return last + (along + start) * 4 * sum(p.numel() for p in trained)
+
+
 def _most_checkpoints(args):
     "How many further checkpoints a run with these TrainingArguments will hold at one time"
     if args.save_strategy == "no": saves = 0
@@ -214,7 +222,7 @@ def check_space(args, model):
     policy = trained if hasattr(model, "peft_config") else whole         # of adapters, they alone are written
     adam_moments = 2 * trained
     reference = whole if getattr(args, "sync_ref_model", False) else 0
-    checkpoint = policy + adam_moments + reference
+    checkpoint = policy + adam_moments + reference + _bytes_of_averages(args, model)
     n = _most_checkpoints(args)
     need = n * checkpoint + policy
     free = shutil.disk_usage(args.output_dir).free

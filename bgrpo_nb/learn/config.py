@@ -84,6 +84,12 @@ class BGRPOConfig(GRPOConfig):
     learning_rate: float = setting(5e-5, "peak learning rate")
     warmup_steps: float = setting(8, "steps until the peak is reached")
     lr_scheduler_type: str = setting("constant_with_warmup", "shape of the learning rate after the warm-up")
+    optimizer_warmup_steps: int = setting(
+        0, "first steps at a learning rate of zero, in which Adam collects its means; the schedule follows them")
+    ema_decay: float = setting(
+        0.0, "the policy is the average of weights along the run, with this decay, such as 0.95; 0: the last weights")
+    average_with_start: float = setting(
+        1.0, "the policy is the start + this share of the way to the end, above 0; 1: the end")
     disable_dropout: bool = setting(True, "must be on: beams and the trie need one policy, not a random one")
     gradient_checkpointing: bool = setting(
         True, "recompute activations to save memory; small models are faster without it")
@@ -201,6 +207,7 @@ def _faults(c: BGRPOConfig) -> Iterator[str]:
     yield from _faults_of_sizes(c)
     yield from _faults_of_tries(c)
     yield from _faults_of_groups(c)
+    yield from _faults_of_weights(c)
     yield from _faults_of_contract(c)
     yield from _faults_with_beams(c)
     yield from _faults_of_names(c)
@@ -250,6 +257,18 @@ def _faults_of_credit(c):
     if c.credit_once and c.distinct_bonus:
         yield (f"credit_once leaves repeated answers out, and distinct_bonus={c.distinct_bonus} pays them less; leave "
                "one of them out")
+
+def _faults_of_weights(c):
+    if not 0 <= c.ema_decay < 1: yield f"ema_decay={c.ema_decay} is outside of 0 (the last weights) to below 1"
+    if not 0 < c.average_with_start <= 1:
+        yield f"average_with_start={c.average_with_start} is outside of above 0 to 1 (the end)"
+    n = c.optimizer_warmup_steps
+    if n < 0: yield f"optimizer_warmup_steps={n} is a number of steps; use 0 or more"
+    if n and n >= (c.max_steps or n + 1) > 0:
+        yield f"optimizer_warmup_steps={n} leaves no step to take of max_steps={c.max_steps}; lower it"
+    if n and not str(getattr(c.optim, "value", c.optim)).startswith(("adamw", "paged_adamw")):
+        yield (f"optimizer_warmup_steps={n} collects the means of AdamW, and optim={c.optim} has others; leave one of "
+               "them out")
 
 def _faults_with_beams(c):
     if c.save_total_limit == 1 and c.metric_for_best_model:

@@ -26,6 +26,12 @@ TRL asks one method for the log-probabilities of the policy, the old policy and 
 method forwards the trie of the rows. What a trie cannot serve (images, a router's auxiliary loss, models without a
 tree) is forwarded in full rows by TRL's own code.
 
+## Groups that teach nothing
+
+A group whose advantages are all 0 has no gradient: nothing in it is right, or `violations` finds the right beam on
+top. Such groups are forwarded without gradients, for the metrics alone, at about a third of the cost. With
+`baseline="violations"` and a policy that is good already this is most of a batch.
+
 ## Micro-batches
 
 TRL shuffles rows before it cuts a generation batch into micro-batches. Here groups are shuffled, so that a group
@@ -84,6 +90,7 @@ from typing import Callable
 
 # %% ../../nbs/09_trainer.ipynb #9baf8d12
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from fastcore.basics import patch
 from torch import Tensor
@@ -98,9 +105,11 @@ from .arguments import (
     rewards_with_setting, steady)
 from .config import BGRPOConfig
 from .group_rewards import GroupRewardsTrainer
+from .optimizer_warmup import OptimizerWarmupTrainer
 from .trie import row_logps, token_ratio, trie_logps
 from .trl_batching import (
     Completion, constraint_of, group_order, positions_from_mask, roll_out, share_groups)
+from .weight_averages import AveragingTrainer
 from ..policy.loading import load_model
 from ..policy.model import load_tokenizer
 from ..search.beam_tree import why_no_tree
@@ -109,7 +118,7 @@ from ..search.generation import check_length
 from ..search.generation_settings import INSTEAD
 
 # %% ../../nbs/09_trainer.ipynb #a325a197
-class BGRPOTrainer(GroupRewardsTrainer):
+class BGRPOTrainer(AveragingTrainer, OptimizerWarmupTrainer, GroupRewardsTrainer):
     "GRPO whose group is the ranked beams of a beam search (arXiv:2508.15766)"
     _tag_names, _name = ["trl", "grpo", "bgrpo"], "BGRPO"
     identified_by = "constraint"                   # what a checkpoint must agree in
@@ -140,7 +149,8 @@ class BGRPOTrainer(GroupRewardsTrainer):
         check_tokenizer(model, processing_class)
         check_reference(model, args.beta, kwargs.get("peft_config"))
         reward_funcs = rewards_with_setting(reward_funcs, args.reward, args.rollout, args.balance_rewards)
-        self.evaluator, self._warned, self.constraint, self._first_set = evaluator, False, None, None
+        self.evaluator, self._warned, self._teaching = evaluator, False, None
+        self.constraint, self._first_set = None, None
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
@@ -327,7 +337,7 @@ def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, att
     with self.accelerator.autocast():
         if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
             self._note_token_ratio(input_ids, attention_mask, logits_to_keep)
-            return *trie_logps(*rows, self.args.trie_elements, self._renormalizing(), self.args.trie_attention), None
+            return *self._over_the_trie(*rows), None
         if self._renormalizing() is not None: return *row_logps(*rows, self._renormalizing(), batch_size), None
     in_full_rows = super(BGRPOTrainer, self)._get_per_token_logps_and_entropies
     return in_full_rows(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
@@ -344,18 +354,42 @@ def _renormalizing(self: BGRPOTrainer): # the constraint, if it changes log-prob
     return self.constraint if self._first_set is not None and self._first_set.renormalize else None
 
 @patch
-def _compute_loss(self: BGRPOTrainer, model, inputs):
-    "TRL's, which asks for log-probabilities of these rows"
-    if self.constraint is not None and "tool_mask" in inputs: self._filled = inputs["tool_mask"][:, 0] > 0
-    try: return super(BGRPOTrainer, self)._compute_loss(model, inputs)
-    finally: self._filled = None
-
-@patch
 def _hand_back_memory(self: BGRPOTrainer):
     "On a CPU: freed memory goes back to the system at every torch_empty_cache_steps-th step"
     every = self.args.torch_empty_cache_steps
     on_cpu = self.args.device.type == "cpu"
     if every and on_cpu and self.state.global_step % every == 0: hand_back_memory()
+
+# %% ../../nbs/09_trainer.ipynb #09sil002
+@patch
+def _rows_that_teach(self: BGRPOTrainer, inputs) -> Tensor | None: # (N,) bool; None: all, since all have a gradient
+    "Rows of prompts that have a completion with an advantage"
+    shards = self.is_fsdp_enabled or self.is_deepspeed_enabled          # each process then needs as many forwards
+    if self.beta or self.aux_loss_enabled or shards or not self.args.share_prefixes: return None
+    pushed = inputs["advantages"].flatten(1).any(1) if inputs["advantages"].ndim > 1 else inputs["advantages"] != 0
+    prompt = torch.cat([inputs["prompt_ids"], inputs["prompt_mask"]], dim=1).unique(dim=0, return_inverse=True)[1]
+    teaches = torch.isin(prompt, prompt[pushed])
+    return teaches if teaches.any() and not teaches.all() else None
+
+@patch
+def _compute_loss(self: BGRPOTrainer, model, inputs):
+    "TRL's, which asks for log-probabilities of these rows"
+    if self.constraint is not None and "tool_mask" in inputs: self._filled = inputs["tool_mask"][:, 0] > 0
+    self._teaching = self._rows_that_teach(inputs)
+    try: return super(BGRPOTrainer, self)._compute_loss(model, inputs)
+    finally: self._filled = self._teaching = None
+
+@patch
+def _over_the_trie(self: BGRPOTrainer, model, input_ids, attention_mask, *more):
+    "(N, C) log-probabilities and entropies; of rows that teach nothing without gradients"
+    def of(rows):
+        return trie_logps(model, input_ids[rows], attention_mask[rows], *more, self.args.trie_elements,
+                          self._renormalizing(), self.args.trie_attention)
+    teaching = self._teaching
+    if teaching is None: return of(slice(None))
+    with torch.no_grad(): silent = of(~teaching)
+    order = torch.cat([teaching.nonzero(), (~teaching).nonzero()])[:, 0].argsort()
+    return tuple(torch.cat(parts)[order] for parts in zip(of(teaching), silent))
 
 # %% ../../nbs/09_trainer.ipynb #68915476
 @patch
@@ -381,7 +415,8 @@ def evaluate(self: BGRPOTrainer, eval_dataset=None, ignore_keys=None, metric_key
     check_evaluator(self.args, self.evaluator, eval_dataset)
     start, training = time.perf_counter(), self.model.training
     self.model.eval()
-    with whole_model(self) as model: found = self.evaluator(model, self.processing_class)
+    with self.averaged(), whole_model(self) as model: found = self.evaluator(model, self.processing_class)
+    found, = broadcast_object_list([found])   # processes decide by equal numbers which checkpoint is best
     found = found | dict(seconds=round(time.perf_counter() - start, 2))
     metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
     self.log(dict(metrics))

@@ -77,14 +77,16 @@ def run_demo(folder: Path,       # the run folder; an earlier demo in it is repl
     reports = {"3_2_before": new_before, "3_2_after": new_after, "2_2_before": old_before, "2_2_after": old_after}
     for name, report in reports.items(): report.to_json(folder / "reports" / f"{name}.json")
     table = demo_table({"3∘2, learnt here": (new_before, new_after), "2∘2, known before": (old_before, old_after)})
-    print(f"\n{table}\n\nmetrics, checkpoint, policy and plots/history.png are in {folder}")
+    print(f"\n{table}\n", *result["summary"], sep="\n")
+    print(f"\nmetrics, checkpoint, policy and plots/history.png are in {folder}")
     return False
 
 def _config(folder, steps, seed, problems) -> TrainConfig:
     "Three validations; fewer prompts a step where the filter kept few problems"
     settings = SETTINGS | dict(prompts_per_step=min(SETTINGS["prompts_per_step"], problems))
     return TrainConfig(output_dir=str(folder), max_steps=steps, eval_steps=-(-steps // 3), save_steps=steps, seed=seed,
-                       use_cpu=True, report_to="none", **settings)
+                       use_cpu=True, report_to="none", wide_beams=25, known_problems=0,
+                       load_best_model_at_end=False, **settings)
 
 # %% ../../nbs/13a_demo.ipynb #16497dcc
 _WRITTEN = {"README.md", "changes.jsonl", "config.yaml", "metrics.jsonl", "plots", "policy", "reports", "result.json"}

@@ -17,13 +17,15 @@ their own, or a part of the others. No polynomial is in both, however it is writ
 
 ## Validation
 
-A validation measures two things on the held-out problems: what the policy can do, by evaluation, and how far it
-has moved from the start, in nats per token.
+Validation measures on the held-out problems, and on problems of what the policy was trained on before, where it
+names that. The policy that is saved is the best of those that were measured, the start included. The run says at
+its end which one it is, and whether it got better or worse than the start, beyond chance.
 
 ## The run
 
 `train_bgrpo(config)` leaves a run folder: `config.yaml`, `metrics.jsonl`, checkpoints, `plots/history.png`,
-`result.json`, and the policy in `policy/`. All that can be refused is refused before anything is computed.
+`result.json`, `reports/` of the start and of the saved policy, and the policy in `policy/`. All that can be
+refused is refused before anything is computed.
 
 ## What a run logs
 
@@ -67,14 +69,10 @@ from pathlib import Path
 from typing import Sequence
 
 # %% ../../nbs/09a_train.ipynb #2fee39c1
-import torch
 from datasets import Dataset
-from torch import Tensor
 
 # %% ../../nbs/09a_train.ipynb #c017abe8
-from bgrpo_nb.algebra.problems import (
-    Problem, generate_multivariate, generate_on_singlets, generate_problems, mix, polynomial_key, read_degrees,
-    read_problems, split)
+from ..algebra.problems import Problem, mix, polynomial_key, read_degrees, read_problems, split
 from ..base.files import write_json
 from ..base.run_folder import best_of, check_space, describe_lines, open_run, provenance, read_metrics
 from ..base.settings import check_ranges, setting
@@ -82,17 +80,19 @@ from ..learn.config import BGRPOConfig
 from ..learn.trainer import BGRPOTrainer, load_policy
 from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
+from .validation import (
+    StartAndEnd, Validator, can_load_best, is_validation, known_problems, known_to, of_kind, read_reports, refuse_best,
+    reports_of, saved_step, summary, which_policy, write_reports)
 from .wandb_logging import WandbPanels, at_wandb, guard_wandb
-from ..search.generation import check_length, sample
-from ..solve.beam_filter import answer_tokens, in_batches
+from ..search.generation import check_length
+from ..solve.beam_filter import answer_tokens
 from ..solve.decomposition_reward import decomposition_reward
 from ..solve.evaluation import METRICS
-from ..solve.evaluation import evaluate as measure
 from ..solve.evaluation_figures import plot_history
 
 # %% ../../nbs/09a_train.ipynb #5ded3e08
 KINDS = ("univariate", "multivariate", "on_singlets")
-VALIDATED = (*METRICS, "kl_to_start")
+VALIDATED = (*METRICS, "kl_to_start", *(f"known_{metric}" for metric in METRICS))
 
 @dataclass
 class TrainConfig(BGRPOConfig):
@@ -110,29 +110,37 @@ class TrainConfig(BGRPOConfig):
     eval_problems: str | None = setting(None, "file of held-out problems; left out: a part of the training problems")
     held_out: int | None = setting(None, "problems kept back for validation; left out: a tenth, at most 200")
     eval_limit: int | None = setting(None, "only the first of eval_problems")
+    known_problems: int | None = setting(
+        None, "problems of what the policy was trained on before, measured too; left out: 100 if the policy names it")
     num_beams: int = setting(10, "beam width of the validation and of the beam rank score", low=1, high=10_000)
-    wide_beams: int = setting(25, "the second, wider search of the validation", low=1, high=10_000)
+    wide_beams: int | None = setting(
+        None, "a second, wider search of the validation; left out: none", low=1, high=10_000)
     num_samples: int = setting(10, "samples per problem, for pass@k", low=1, high=10_000)
     sample_temperature: float = setting(0.7, "temperature of those samples")
     domain: str = setting("QQ", "coefficients of the outer polynomial: QQ, or ZZ for the authors' rule")
     allow_trivial: bool = setting(False, "linear parts count, the authors' rule; a policy learns to write them")
+    canonical_only: bool = setting(False, "the reward pays one form of an answer; validation counts every form")
     max_completion_length: int | None = setting(
         None, "most tokens of a completion; left out: a quarter above the longest known answer")
     gradient_checkpointing: bool = setting(
         False, "recompute activations to save memory; small policies are faster without it")
     resume: bool = setting(False, "continue from the newest whole checkpoint in output_dir")
     eval_strategy: str = setting("steps", "when to validate")
-    eval_steps: float | None = setting(10, "steps between validations")
+    eval_steps: float | None = setting(50, "steps between validations")
     eval_on_start: bool = setting(True, "validate before the first step")
-    save_steps: float = setting(10, "steps between checkpoints")
+    save_steps: float | None = setting(None, "steps between checkpoints; left out: eval_steps, or 50 without them")
     metric_for_best_model: str | None = setting(
         "beam_rank_score", "the checkpoint that is best by this metric is kept besides the last one; "
                            "with load_best_model_at_end it becomes the policy")
+    load_best_model_at_end: bool | None = setting(
+        None, "the policy is the best of the validated ones, the start too; left out: where it is possible")
     report_to: list[str] | str = setting(
         "wandb", "where metrics go besides the run folder: wandb (offline if nobody is logged in) or none")
 
     def __post_init__(self):
         _refuse(self)
+        if self.save_steps is None: self.save_steps = self.eval_steps or 50
+        if self.load_best_model_at_end is None: self.load_best_model_at_end = can_load_best(self)
         super().__post_init__()
 
 def _refuse(c: TrainConfig):
@@ -143,6 +151,7 @@ def _refuse(c: TrainConfig):
     if c.kind not in KINDS: raise ValueError(f"kind {c.kind!r} is not known; use one of {', '.join(KINDS)}")
     if best not in VALIDATED:
         raise ValueError(f"metric_for_best_model {best!r} is not measured; use one of {', '.join(VALIDATED)}")
+    if c.load_best_model_at_end: refuse_best(c, best)
     for degrees in c.degrees.split(","): read_degrees(degrees)
     if c.hard_fraction < 1 and not c.problems:
         raise ValueError(f"hard_fraction={c.hard_fraction} mixes `problems` with regular ones; name a file of them")
@@ -150,11 +159,7 @@ def _refuse(c: TrainConfig):
 # %% ../../nbs/09a_train.ipynb #71132a0e
 def _generate(c: TrainConfig, n: int, outer: int, inner: int) -> list[Problem]:
     "Problems of the config's kind"
-    if c.kind == "univariate":
-        return generate_problems(n, outer, inner, c.coefficient_bound, canonical=True, seed=c.seed)
-    if c.kind == "multivariate":
-        return generate_multivariate(n, c.variables, outer, inner, c.coefficient_bound, seed=c.seed)
-    return generate_on_singlets(n, outer, coefficient_bound=c.coefficient_bound, seed=c.seed)
+    return of_kind(c.kind, n, outer, inner, c.variables, c.coefficient_bound, c.seed)
 
 def _generated(c: TrainConfig) -> list[Problem]:
     "As many problems of each degree"
@@ -190,53 +195,6 @@ def choose_problems(config: TrainConfig,
                          "lower prompts_per_step, or give more problems")
     return train, held_out
 
-# %% ../../nbs/09a_train.ipynb #d7b480ce
-class _Validator:
-    "Measures a policy on held-out problems; the trainer calls it with model and tokenizer"
-    def __init__(self, problems: list[Problem], config: TrainConfig):
-        self.problems, self.config = problems, config
-        self.reports = []    # of each validation, so that the first and the last can be compared problem by problem
-        self.drawn = []      # what the start drew, in batches: (ids, mask, C), (B, C) bool: a token, (B, C) log π₀
-
-    def remember(self, trainer, batch_size=64):
-        "Draw one completion of the start for each problem, and keep its log-probabilities"
-        tokenizer, device = trainer.processing_class, trainer.args.device
-        generator = torch.Generator(device).manual_seed(self.config.seed)
-        self.trainer = trainer
-        for _, prompts in in_batches(self.problems, tokenizer, device, batch_size):
-            found = sample(trainer.model, prompts.input_ids, prompts.attention_mask, generator=generator,
-                           max_new_tokens=self.config.max_completion_length, eos_token_id=tokenizer.eos_token_id,
-                           pad_token_id=tokenizer.pad_token_id)
-            completions = found.sequences[:, 0]
-            C = completions.shape[1]
-            is_token = torch.arange(C, device=device) < found.lengths
-            row = (torch.cat([prompts.input_ids, completions], dim=1),
-                   torch.cat([prompts.attention_mask, is_token.long()], dim=1), C)
-            with torch.no_grad(): self.drawn.append((row, is_token, self._logps(trainer.model, row)))
-
-    def _logps(self, model, row) -> Tensor: # (B, C) float32
-        "Log-probabilities of completions, as the trainer computes them"
-        return self.trainer._get_per_token_logps_and_entropies(model, *row)[0].float()
-
-    def kl_to_start(self, model) -> float: # nats per token
-        "How far the model has moved from the start, on what the start drew"
-        moved = [(self._logps(model, row) - start)[is_token] for row, is_token, start in self.drawn]
-        d = torch.cat(moved)
-        return (d.exp() - d - 1).mean().item()
-
-    def __call__(self, model, tokenizer) -> dict: # metric -> value
-        c = self.config
-        report = measure(model, tokenizer, self.problems, num_beams=c.num_beams, wide_beams=c.wide_beams,
-                         num_samples=c.num_samples, temperature=c.sample_temperature, domain=c.domain, seed=c.seed,
-                         allow_trivial=c.allow_trivial, max_new_tokens=c.max_completion_length)
-        self.reports.append(report)
-        metrics = report.metrics | {"kl_to_start": self.kl_to_start(model)}
-        parts = report.by_degree()
-        if len(parts) > 1: metrics["by_degree"] = {d: _numbers(part) for d, part in parts.items()}
-        return metrics
-
-def _numbers(report) -> dict: return {name: report.metrics[name] for name in METRICS}
-
 # %% ../../nbs/09a_train.ipynb #56edbd24
 def train_bgrpo(config: TrainConfig,
                 problems: Sequence[Problem] | None = None, # to train on; default: what the config names
@@ -244,6 +202,7 @@ def train_bgrpo(config: TrainConfig,
                 ) -> dict: # content of result.json; "stopped": a signal ended the run; "reports": of each validation
     "Train by beams, validate, save; everything is in the run folder"
     train, held_out = choose_problems(config) if problems is None else (list(problems), list(held_out))
+    known = _known(config, train, held_out, given=problems is not None)
     data = _describe(config, train, held_out, given=problems is not None)
     model, tokenizer = load_policy(config.model, config)
     if config.max_completion_length is None: config.max_completion_length = answer_tokens(train + held_out)
@@ -253,31 +212,74 @@ def train_bgrpo(config: TrainConfig,
         with config.main_process_first(local=False):
             checkpoint = opened.enter_context(open_run(config.output_dir, config.to_dict(), config.resume, main))
         if checkpoint: config.eval_on_start = False
-        if not held_out: config.eval_strategy, config.eval_on_start, config.metric_for_best_model = "no", False, None
+        if not held_out: _measure_nothing(config)
         summary = opened.enter_context(at_wandb(config, main))
-        result = _train(config, train, held_out, tokenizer, model, checkpoint, data)
+        validator = Validator(held_out, config, known) if held_out else None
+        result = _train(config, train, validator, tokenizer, model, checkpoint, data)
         summary |= result["best"]
         return result
 
 # %% ../../nbs/09a_train.ipynb #f5f91581
-def _train(config, train, held_out, tokenizer, model, checkpoint, data) -> dict: # as of `train_bgrpo`
+def _train(config, train, validator, tokenizer, model, checkpoint, data) -> dict: # as of `train_bgrpo`
     "The steps, the last validation, the files that a finished run has"
     folder, main = Path(config.output_dir), config.process_index == 0
-    validator = _Validator(held_out, config) if held_out else None
     stop, log = StopCleanly(), RunLog(folder)
     trainer = _make_trainer(config, model, tokenizer, train, validator, [log, stop, PlotHistory(folder, plot_history)])
     check_space(config, trainer.model)
-    if validator: validator.remember(trainer)
+    if validator:
+        validator.remember(trainer)
+        if checkpoint: validator.start = read_reports(folder, "start")
     with stop: run_steps(trainer, checkpoint)
     finished = not stop.everywhere
-    if finished and validator: _validate_last_step(trainer)
-    if finished and main: save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder / "policy")
+    ended = _end(config, trainer, validator, tokenizer) if finished else {}
     result = dict(stopped=stop.everywhere, step=trainer.state.global_step, seconds=log.runtime(), problems=len(train),
-                  held_out=len(held_out), data=data, **_validations(folder), **provenance(config.seed))
+                  held_out=len(validator.sets["held_out"]) if validator else 0, data=data, **ended,
+                  **_validations(folder), **provenance(config.seed))
     if finished and main: write_json(folder / "result.json", result)
-    return result | dict(reports=validator.reports if validator else [])
+    return result | dict(reports=[found["held_out"] for found in validator.reports.values()] if validator else [])
+
+def _end(config, trainer, validator, tokenizer) -> dict: # saved_step, summary, change
+    "Save the policy that was chosen, and say what has changed since the start"
+    step, folder = saved_step(trainer), Path(config.output_dir)
+    at_end = step == trainer.state.global_step
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if step == 0 and not at_end: policy = load_policy(config.model, config)[0]
+    reports = reports_of(step, trainer, validator)
+    changed = validator.changes(reports) if reports and step else {}
+    if config.process_index == 0:
+        _write_policy(config, policy, tokenizer)
+        write_reports(folder, "end", reports)
+    return dict(saved_step=step, summary=[*which_policy(step, trainer), *summary(changed, reports)],
+                change={name: {metric: c._asdict() for metric, c in of_set.items()}
+                        for name, of_set in changed.items()})
 
 # %% ../../nbs/09a_train.ipynb #670bfa55
+def _known(c: TrainConfig, train, held_out, given: bool) -> list[Problem]:
+    "Problems of what the policy was trained on before"
+    known = known_to(c.model) if held_out else []
+    if c.known_problems and held_out and not known:
+        raise ValueError(f"known_problems={c.known_problems} needs to know what {c.model} was trained on, and it has "
+                         "no training.json that says so; leave it out")
+    besides = [] if given or c.problems else [dict(kind=c.kind, degrees=c.degrees, variables=c.variables)]
+    n = 100 if c.known_problems is None else c.known_problems
+    found = known_problems(known, n, [*train, *held_out], besides)
+    metric = c.metric_for_best_model or ""
+    if held_out and not found and metric.removeprefix("eval_").startswith("known_"):
+        raise ValueError(f"metric_for_best_model={metric} needs problems that the policy knew before, and there are "
+                         "none; use beam_rank_score")
+    return found
+
+def _measure_nothing(c: TrainConfig):
+    c.eval_strategy, c.eval_on_start, c.metric_for_best_model, c.load_best_model_at_end = "no", False, None, False
+
+def _write_policy(config, policy, tokenizer):
+    "The policy, and what it was trained on where its start says that"
+    folder = Path(config.output_dir)
+    save_model(policy, tokenizer, folder / "policy")
+    known = known_to(config.model)
+    here = [] if config.problems else [dict(kind=config.kind, degrees=config.degrees, variables=config.variables)]
+    if known: write_json(folder / "policy" / "training.json", dict(problems=known + here))
+
 def _describe(c: TrainConfig, train, held_out, given: bool) -> dict:
     "Which problems a run sees: where they come from, how many, and the hash of their lines"
     settings = ("kind", "degrees", "variables", "coefficient_bound", "num_problems", "seed")
@@ -298,12 +300,17 @@ class _Trainer(BGRPOTrainer):
         somebodys = readme.exists() and "generated_from_trainer" not in readme.read_text(errors="replace")
         if not somebodys: super().create_model_card(*args, **kwargs)
 
+    def _determine_best_metric(self, metrics, trial):
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end: self.control.should_save = True # whatever save_steps is
+        return is_best
+
 def _make_trainer(config, model, tokenizer, train, validator, callbacks) -> BGRPOTrainer:
     "The trainer on polynomials, with all that it reports to"
-    reward = decomposition_reward(tokenizer, config.reward, config.domain, config.allow_trivial)
+    reward = decomposition_reward(tokenizer, config.reward, config.domain, config.allow_trivial, config.canonical_only)
     prompts = Dataset.from_dict({"prompt": [p.prompt for p in train]})
     trainer = _Trainer(model, reward, config, prompts, processing_class=tokenizer, evaluator=validator,
-                       callbacks=callbacks)
+                       callbacks=[StartAndEnd(validator), *callbacks] if validator else callbacks)
     guard_wandb(trainer, WandbPanels(config.output_dir, lambda: _completions_of(trainer)))
     show_progress(trainer, "valid", "reward", "eval_beam_rank_score")
     return trainer
@@ -313,15 +320,7 @@ def _completions_of(trainer) -> dict[str, list]: # columns
     logs = trainer._logs
     return dict(prompt=logs["prompt"], completion=logs["completion"], **logs["extra"], **logs["rewards"])
 
-def _is_validation(row) -> bool: return "eval_beam_rank_score" in row
-
-def _validate_last_step(trainer):
-    "Validate once more, if the last step was not validated; a best checkpoint that was loaded already is"
-    measured = {row["step"] for row in trainer.state.log_history if _is_validation(row)}
-    if trainer.args.load_best_model_at_end or trainer.state.global_step in measured: return
-    trainer.evaluate()
-
 def _validations(folder) -> dict: # best, first, last
     "The validations of a run: the best value of each metric, the first row and the last"
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if _is_validation(row)]
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if is_validation(row)]
     return dict(best=best_of(rows), first=rows[0] if rows else None, last=rows[-1] if rows else None)

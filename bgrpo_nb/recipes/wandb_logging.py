@@ -71,15 +71,15 @@ def _init(mode, folder, run_id): # mode: online, offline or disabled
                       settings=settings)
 
 
-def agent_flags(argv): # flags as given at the terminal
-    """Flags of a process that a `wandb agent` started: a folder of its own, then `argv`, then what the agent chose.
+def agent_flags(argv, first=()): # flags as given at the terminal, and those that all others override
+    """Flags of a process that a `wandb agent` started: a folder of its own, `first`, `argv`, then the agent's choice.
 
     Without an agent, and with several processes (where every command line has the agent's flags): `argv` itself."""
     sweep = os.environ.get("WANDB_SWEEP_ID")
     if not sweep or int(os.environ.get("WORLD_SIZE", 1)) > 1: return argv
     run = start_wandb()
     chosen = [f"--{name}={value}" for name, value in run.config.items()]
-    return [f"--output_dir=runs/sweeps/{sweep}/trials/{run.id}", *argv, *chosen]
+    return [f"--output_dir=runs/sweeps/{sweep}/trials/{run.id}", *first, *argv, *chosen]
 
 
 class Guarded(TrainerCallback):

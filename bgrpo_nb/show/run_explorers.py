@@ -89,7 +89,8 @@ def _last_line(log: Path) -> str: # of a log; the command's own message, if ther
 # %% ../../nbs/12a_run_explorers.ipynb #19699ae2
 TRAINING = {"reward": "mean reward", "valid": "share of valid completions"}
 VALIDATION = {"eval_beam_rank_score": "beam rank score", "eval_beam_accuracy": "beam accuracy",
-              "eval_greedy_accuracy": "greedy accuracy"}
+              "eval_greedy_accuracy": "greedy accuracy",
+              "eval_known_greedy_accuracy": "greedy accuracy, known before"}
 
 def plot_run(rows: Sequence[dict], title: str = "a run"): # a figure
     "Reward and valid completions at each step, and the validations"

@@ -143,7 +143,8 @@ def bootstrap(values: Sequence[float], seed: int = 0, # one value for each probl
     all_equal = len(values) < 2 or np.ptp(values) == 0
     if all_equal: return float(values.mean()), float(values.mean())
     rng = np.random.default_rng(seed)
-    found = stats.bootstrap((values,), np.mean, n_resamples=4000, method="BCa", rng=rng)
+    at_once = max(1, 2**24 // len(values)) # resamples; all together would need memory with the square of the problems
+    found = stats.bootstrap((values,), np.mean, n_resamples=4000, batch=at_once, method="BCa", rng=rng)
     low, high = found.confidence_interval
     return float(low), float(high)
 

@@ -9,7 +9,8 @@ WORDS = { # a verdict's reason, in words
     "not_integral": "not integral"}
 COLOURS = dict(zip(WORDS, ["#009E73", "#999999", "#000000", "#CC79A7", "#E69F00", "#0072B2", "#56B4E9"]))
 HISTORY_PANELS = [ # title, {metric: label of its line}
-    ("beam accuracy", {"greedy_accuracy": "greedy", "beam_accuracy": "beams", "wide_beam_accuracy": "wide beams"}),
+    ("beam accuracy", {"greedy_accuracy": "greedy", "beam_accuracy": "beams", "wide_beam_accuracy": "wide beams",
+                       "known_greedy_accuracy": "greedy, known before"}),
     ("pass@k and oracle", {"sample_accuracy": "pass@k", "oracle_accuracy": "oracle"}),
     ("beam rank score", {"beam_rank_score": None})]
 

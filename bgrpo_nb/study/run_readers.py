@@ -119,10 +119,22 @@ def _degree_metrics(row: dict) -> dict: # eval_<metric>_<degree> -> value
             for name, value in metrics.items(): found[f"eval_{name}_{degree}"] = value
     return found
 
+_CHANGES = {"change": "", "known_change": "known_"} # of a row: since the start of the run
+
+def _change_metrics(row: dict) -> dict: # eval_<metric>_change -> mean
+    "The paired differences that a row holds"
+    found = {}
+    for name, prefix in _CHANGES.items():
+        for key in (f"eval_{name}", f"eval/{name}"):
+            for metric, d in (row.get(key) or {}).items(): found[f"eval_{prefix}{metric}_change"] = d["mean"]
+    return found
+
 def _metric_name(name: str) -> str: # `eval_*` where it is a metric
     "W&B's name of a metric as ours"
     dotted = re.fullmatch(r"eval[/_]by_degree\.([^.]+)\.(.+)", name)
     if dotted: return f"eval_{dotted[2]}_{dotted[1]}"
+    changed = re.fullmatch(r"eval[/_](known_)?change\.([^.]+)\.mean", name)
+    if changed: return f"eval_{changed[1] or ''}{changed[2]}_change"
     return re.sub(r"^eval/", "eval_", name)
 
 def metrics_of(row: dict,
@@ -130,7 +142,7 @@ def metrics_of(row: dict,
                ) -> dict[str, float]:       # `eval_*` and the own -> number
     "The metrics in a row of a log"
     found = {}
-    for key, value in (row | _degree_metrics(row)).items():
+    for key, value in (row | _degree_metrics(row) | _change_metrics(row)).items():
         name = _metric_name(key)
         is_metric = name.startswith("eval_") and name not in _SETTINGS_CALLED_EVAL
         if not (is_metric or name == own): continue

@@ -290,7 +290,8 @@ def _prepare(trial, sweep, folder) -> tuple[Path, dict]: # the trial's folder an
     account = dict(planned=a["planned"], attempt=a["attempt"], parameters=trial.params, seed=a["seed"],
                    fixed=sweep.fixed, metric=sweep.metric, goal=sweep.goal)
     write_json(where / "config.json", account)
-    flags = sweep.fixed | trial.params | dict(seed=a["seed"], output_dir=str(where))
+    cheap = dict(known_problems=0) if sweep.command == TRAIN else {}      # what a trial does not pay for unless asked
+    flags = cheap | sweep.fixed | trial.params | dict(seed=a["seed"], output_dir=str(where))
     if sweep.command == TRAIN and _take_checkpoints(folder, a, where): flags["resume"] = True
     return where, flags
 

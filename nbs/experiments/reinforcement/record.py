@@ -1,0 +1,263 @@
+"""When does reinforcement help? Runs of equal time from policies of every strength, each compared with its start.
+
+    python nbs/experiments/reinforcement/record.py [PART ...] [--seeds 0 1 2]
+
+Parts: `starts` trains the policies that the map begins with, `map` continues from each, `small`, `multivariate` and
+`tiny` continue from the bundled ones. Every run has the same CPU seconds for its steps. What is done is kept in
+runs/reinforcement, one folder a run, so a second call, or several at once, continue. `record.json` collects the rows:
+for each run the share of held-out problems that it and its start solve, and the paired differences with 95 %
+intervals. Policies are measured greedily, by ten beams, and by ten samples."""
+import argparse
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import torch
+from transformers import Trainer
+
+from bgrpo_nb.algebra.problems import generate_multivariate, generate_problems
+from bgrpo_nb.base.files import write_json
+from bgrpo_nb.base.run_folder import provenance
+from bgrpo_nb.policy.model import load_model, load_tokenizer
+from bgrpo_nb.recipes.sft import SupervisedConfig, train_policy
+from bgrpo_nb.recipes.train import TrainConfig, train_bgrpo
+from bgrpo_nb.solve.beam_filter import search_problems
+from bgrpo_nb.solve.evaluation import bootstrap, evaluate
+
+HERE, OUT = Path(__file__).parent, Path("runs/reinforcement")
+LEVELS = (5, 20, 40, 60, 80, 93) # per cent solved greedily, of the starts of the map
+NINE = tuple(f"{outer}_{inner}" for outer in (2, 3, 4) for inner in (2, 3, 4))
+
+
+@dataclass(frozen=True)
+class Task:
+    "Problems to train on and to measure"
+    degrees: tuple          # of the training problems, in equal shares
+    measured: dict          # degrees -> held-out problems that are answered greedily
+    searched: dict          # degrees -> the first of them that are also answered by ten beams and ten samples
+    domain: str = "ZZ"
+    kind: str = "univariate"
+    seconds: int = 400      # CPU seconds of the steps of a run
+
+    def problems(self, n: int, seed: int) -> list:
+        "As many of each degree, in turns"
+        each = [self._make(-(-n // len(self.degrees)), degrees, seed) for degrees in self.degrees]
+        return [problem for group in zip(*each) for problem in group][:n]
+
+    def held_out(self) -> dict: # degrees -> problems
+        return {degrees: self._make(n, degrees, seed=777_000) for degrees, n in self.measured.items()}
+
+    def validation(self) -> list: # to choose a learning rate by; in no test set
+        return self.problems(600, seed=776_000)
+
+    def _make(self, n, degrees, seed):
+        outer, inner = map(int, degrees.split("_"))
+        if self.kind == "multivariate": return generate_multivariate(n, 3, outer, inner, seed=seed, canonical=True)
+        return generate_problems(n, outer, inner, seed=seed, canonical=True)
+
+
+TASKS = {
+    "map": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, seconds=100),
+    "small": Task(("2_4", "3_4", "4_3", "4_4"), dict.fromkeys(NINE, 200) | {"2_4": 600, "3_4": 600, "4_4": 1000},
+                  {"2_4": 100, "3_4": 100, "4_4": 200}),
+    "multivariate": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, kind="multivariate"),
+    "tiny": Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    "A way to continue from a policy"
+    name: str
+    rates: tuple                                  # peak learning rates that are tried with the first seed
+    settings: dict = field(default_factory=dict)  # of TrainConfig, or of SupervisedConfig
+    supervised: bool = False
+    parts: tuple = ()                             # in which it is run; empty: in all
+
+
+BEAMS = dict(lr_scheduler_type="linear", warmup_steps=8)
+LABELS = dict(lr_scheduler_type="linear", lr_scheduler_kwargs={}, warmup_steps=10, per_device_train_batch_size=128)
+ARMS = {arm.name: arm for arm in (
+    Arm("mean", (1e-5, 5e-5, 2e-4), BEAMS | dict(num_generations=16, prompts_per_step=32)),
+    Arm("violations", (1e-5, 5e-5, 2e-4), BEAMS | dict(num_generations=4, prompts_per_step=128, baseline="violations")),
+    Arm("minimum risk", (1e-5, 5e-5, 2e-4), BEAMS | dict(num_generations=4, prompts_per_step=128, baseline="minimum_risk")),
+    Arm("samples", (1e-5, 5e-5, 2e-4), BEAMS | dict(num_generations=16, prompts_per_step=32, rollout="sample")),
+    Arm("supervised", (5e-5, 2e-4, 1e-3), LABELS, supervised=True),
+)}
+
+
+@contextmanager
+def cpu_clock(seconds: list):
+    "Appends the CPU seconds of each training inside of the block: all steps, nothing before or after them"
+    inner = Trainer.train
+    def timed(self, *args, **kwargs):
+        start = time.process_time()
+        try: return inner(self, *args, **kwargs)
+        finally: seconds.append(time.process_time() - start)
+    Trainer.train = timed
+    try: yield
+    finally: Trainer.train = inner
+
+
+def continue_from(start: str, task: Task, arm: Arm, rate: float, seed: int, steps: int, folder: Path) -> float: # CPU s
+    "Train; the policy is in FOLDER/policy"
+    common = dict(model=start, output_dir=str(folder), learning_rate=rate, max_steps=steps, seed=seed + 1, use_cpu=True,
+                  save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True)
+    seconds = []
+    with cpu_clock(seconds):
+        if arm.supervised:
+            own = dict(degrees=list(task.degrees), kind=task.kind, held_out=len(task.degrees))
+            train_policy(SupervisedConfig(**common | own | arm.settings))
+        else:
+            own = dict(domain=task.domain, eval_on_start=False, metric_for_best_model=None)
+            config = TrainConfig(**common | own | arm.settings)
+            train_bgrpo(config, task.problems(steps * config.prompts_per_step, seed + 1))
+    return seconds[0]
+
+
+def name_of(policy: str) -> str:
+    path = Path(policy)
+    return path.parent.name if path.name == "policy" else path.name
+
+
+def steps_in(task_name: str, start: str, arm: Arm) -> int:
+    "Optimizer steps that take the task's seconds, from a few steps that are timed once"
+    file = OUT / task_name / f"speed-{name_of(start)}-{arm.name.replace(' ', '_')}.json"
+    if not file.exists():
+        trial = file.with_name(f"{file.stem}-{os.getpid()}")
+        seconds = continue_from(start, TASKS[task_name], arm, 1e-9, 99, 8, trial)
+        shutil.rmtree(trial)
+        write_json(file, {"seconds_per_step": seconds / 8})
+    return max(1, round(TASKS[task_name].seconds / json.loads(file.read_text())["seconds_per_step"]))
+
+
+def answers(policy: str, task: Task) -> dict: # degrees -> lists of 0 and 1, one for each problem
+    "Which held-out problems a policy solves: greedily, by ten beams, by ten samples"
+    model, tokenizer = load_model(policy, device="cpu"), load_tokenizer(policy)
+    greedily, by_beams, by_samples = {}, {}, {}
+    for degrees, problems in task.held_out().items():
+        found = search_problems(model, tokenizer, problems, 1, task.domain)
+        greedily[degrees] = [int(row.first_valid == 1) for row in found]
+        few = problems[:task.searched.get(degrees, 0)]
+        if not few: continue
+        report = evaluate(model, tokenizer, few, num_beams=10, wide_beams=10, num_samples=10, domain=task.domain)
+        by_beams[degrees] = [int(row.beam_place is not None) for row in report.results]
+        by_samples[degrees] = [int(row.valid_samples > 0) for row in report.results]
+    return {"greedy": greedily, "ten_beams": by_beams, "pass_at_10": by_samples}
+
+
+def of_start(policy: str, task_name: str) -> dict:
+    file = OUT / task_name / f"answers-{name_of(policy)}.json"
+    if not file.exists(): write_json(file, answers(policy, TASKS[task_name]))
+    return json.loads(file.read_text())
+
+
+def compared(before: list, after: list) -> dict: # 0 or 1 for each problem, the same problems in both
+    "Shares solved, and the paired difference with its 95 % interval, in per cent"
+    change = [b - a for a, b in zip(before, after, strict=True)]
+    def per_cent(x): return round(100 * x, 2)
+    return {"n": len(before), "before": per_cent(mean(before)), "after": per_cent(mean(after)),
+            "change": per_cent(mean(change)), "interval": list(map(per_cent, bootstrap(change)))}
+
+
+def row_of(part: str, start: str, arm: Arm, rate: float, seed: int) -> dict | None: # None: another process has it
+    "The row of one run; trains and measures where that is not done"
+    folder = OUT / part / f"{name_of(start)}-{arm.name.replace(' ', '_')}-{rate:g}-{seed}"
+    done = folder / "row.json"
+    if done.exists(): return json.loads(done.read_text())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try: claim = os.open(folder.with_suffix(".claim"), os.O_CREAT | os.O_EXCL)
+    except FileExistsError: return None
+    os.close(claim)
+    try:
+        if folder.exists(): shutil.rmtree(folder)        # of a process that was killed
+        steps = steps_in(part, start, arm)
+        seconds = continue_from(start, TASKS[part], arm, rate, seed, steps, folder)
+        policy = str(folder / "policy")
+        before, after = of_start(start, part), answers(policy, TASKS[part])
+        by_degree = {d: compared(before["greedy"][d], after["greedy"][d]) for d in before["greedy"]}
+        together = {kind: compared(sum(before[kind].values(), []), sum(after[kind].values(), [])) for kind in before}
+        row = dict(part=part, start=name_of(start), arm=arm.name, rate=rate, seed=seed, steps=steps,
+                   cpu_seconds=round(seconds, 1), validation=greedily(policy, TASKS[part].validation(), TASKS[part].domain),
+                   **together, greedy_by_degree=by_degree, settings=arm.settings,
+                   **provenance(seed))
+        write_json(done, row)
+        print(part, name_of(start), arm.name, rate, seed, row["greedy"], flush=True)
+        return row
+    finally: os.unlink(folder.with_suffix(".claim"))
+
+
+def train_starts():
+    "Policies of every strength on 2∘2: parts of one supervised run, each with a short decay of its learning rate"
+    parent = OUT / "starts/run"
+    common = dict(degrees=["2_2"], per_device_train_batch_size=64, eval_strategy="no", report_to="none", use_cpu=True,
+                  disable_tqdm=True, held_out=64)
+    if not (parent / "result.json").exists():
+        train_policy(SupervisedConfig(output_dir=str(parent), max_steps=1200, learning_rate=2e-3, warmup_steps=50, seed=5,
+                                      lr_scheduler_type="constant_with_warmup", lr_scheduler_kwargs={}, save_steps=50,
+                                      save_total_limit=30, **common))
+    found = {}
+    for step in range(50, 1250, 50):
+        policy = OUT / f"starts/step{step}"
+        if not (policy / "result.json").exists():
+            train_policy(SupervisedConfig(output_dir=str(policy), model=str(parent / f"checkpoint-{step}"), max_steps=60,
+                                          learning_rate=2e-3, warmup_steps=0, lr_scheduler_type="linear", seed=6,
+                                          lr_scheduler_kwargs={}, save_strategy="no", **common))
+        greedy = greedily(str(policy / "policy"), generate_problems(600, 2, 2, seed=776_000, canonical=True), "ZZ")
+        found[step] = greedy
+        print("start", step, greedy, flush=True)
+        if greedy > 97: break
+    chosen = {level: min(found, key=lambda step: abs(found[step] - level)) for level in LEVELS}
+    write_json(OUT / "starts/chosen.json", {str(level): {"step": step, "greedy": found[step]} for level, step in chosen.items()})
+
+
+def greedily(policy: str, problems: list, domain: str) -> float: # per cent
+    found = search_problems(load_model(policy, device="cpu"), load_tokenizer(policy), problems, 1, domain)
+    return round(100 * mean([row.first_valid == 1 for row in found]), 2)
+
+
+def all_rows(part, runs) -> list[dict]: # runs: (start, arm, rate, seed)
+    "Rows of these runs, each made by this process or by another one that works beside it"
+    while True:
+        rows = [row_of(part, *run) for run in runs]
+        if all(rows): return rows
+        time.sleep(5)
+
+
+def run_part(part: str, seeds: list[int]):
+    "Every rate with the first seed, then the rate that is best on the validation problems with the other seeds"
+    starts = [part]
+    if part == "map":
+        chosen = json.loads((OUT / "starts/chosen.json").read_text())
+        starts = [str(OUT / f"starts/step{found['step']}/policy") for found in chosen.values()]
+    first, *others = seeds
+    pairs = [(start, arm) for start in starts for arm in ARMS.values() if not arm.parts or part in arm.parts]
+    rows = all_rows(part, [(start, arm, rate, first) for start, arm in pairs for rate in arm.rates])
+    best = {}
+    for row in rows:
+        key = row["start"], row["arm"]
+        if key not in best or row["validation"] > best[key]["validation"]: best[key] = row
+    all_rows(part, [(start, arm, best[name_of(start), arm.name]["rate"], seed) for start, arm in pairs for seed in others])
+
+
+def collect():
+    rows = [json.loads(file.read_text()) for file in sorted(OUT.glob("*/*/row.json"))]
+    starts = OUT / "starts/chosen.json"
+    write_json(HERE / "record.json", {"starts": json.loads(starts.read_text()) if starts.exists() else {}, "rows": rows})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["starts", "map", "small", "multivariate", "tiny"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    for part in asked.parts:
+        if part == "starts": train_starts()
+        elif part != "collect": run_part(part, asked.seeds)
+    collect()
