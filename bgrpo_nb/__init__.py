@@ -83,6 +83,8 @@ Folders and modules, from the ground up:
   verifier.
 - `learn.trie`: The completions of a group are a trie; each distinct beginning is forwarded once, with the
   log-probabilities of all.
+- `learn.trie_attention`: In depth-first order a trie needs one integer a node; three forms of attention read it,
+  and the fitting one is chosen.
 - `learn.trl_batching`: From rows that repeat a prompt to one beam search per prompt, whichever process the rows
   are on.
 - `learn.weight_averages`: The policy that is measured and saved is an average of weights: along the run, or

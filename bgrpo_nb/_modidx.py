@@ -402,6 +402,8 @@ d = {
     ('config.html#_faults_of_sampling', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_sizes':
     ('config.html#_faults_of_sizes', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_tries':
+    ('config.html#_faults_of_tries', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_weights':
     ('config.html#_faults_of_weights', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_with_beams':
@@ -546,8 +548,6 @@ d = {
     ('output_head.html#_forms', 'bgrpo_nb/learn/output_head.py'),
    'bgrpo_nb.learn.output_head._in_place_of':
     ('output_head.html#_in_place_of', 'bgrpo_nb/learn/output_head.py'),
-   'bgrpo_nb.learn.output_head._is_sharded':
-    ('output_head.html#_is_sharded', 'bgrpo_nb/learn/output_head.py'),
    'bgrpo_nb.learn.output_head._run_pieces':
     ('output_head.html#_run_pieces', 'bgrpo_nb/learn/output_head.py'),
    'bgrpo_nb.learn.output_head._try_forms':
@@ -556,6 +556,8 @@ d = {
     ('output_head.html#after_head', 'bgrpo_nb/learn/output_head.py'),
    'bgrpo_nb.learn.output_head.in_pieces':
     ('output_head.html#in_pieces', 'bgrpo_nb/learn/output_head.py'),
+   'bgrpo_nb.learn.output_head.is_sharded':
+    ('output_head.html#is_sharded', 'bgrpo_nb/learn/output_head.py'),
   },
   'bgrpo_nb.learn.ranking': {
    'bgrpo_nb.learn.ranking.TargetReward':
@@ -656,6 +658,8 @@ d = {
     ('trainer.html#bgrpotrainer._mask_of_empty', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._next_micro_batch':
     ('trainer.html#bgrpotrainer._next_micro_batch', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer.BGRPOTrainer._note_token_ratio':
+    ('trainer.html#bgrpotrainer._note_token_ratio', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._obey':
     ('trainer.html#bgrpotrainer._obey', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._over_the_trie':
@@ -700,12 +704,8 @@ d = {
     ('trie.html#_wanted.measure', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._allowed':
     ('trie.html#_allowed', 'bgrpo_nb/learn/trie.py'),
-   'bgrpo_nb.learn.trie._ancestors':
-    ('trie.html#_ancestors', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._at_once':
     ('trie.html#_at_once', 'bgrpo_nb/learn/trie.py'),
-   'bgrpo_nb.learn.trie._checkpoint_under_tree_attention':
-    ('trie.html#_checkpoint_under_tree_attention', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._chunks':
     ('trie.html#_chunks', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._elements':
@@ -722,24 +722,116 @@ d = {
     ('trie.html#_pack', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._predicted_at':
     ('trie.html#_predicted_at', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._prepare':
+    ('trie.html#_prepare', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._size':
     ('trie.html#_size', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._states_at_nodes':
     ('trie.html#_states_at_nodes', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._states_in_rows':
     ('trie.html#_states_in_rows', 'bgrpo_nb/learn/trie.py'),
-   'bgrpo_nb.learn.trie._tree_attention_kept':
-    ('trie.html#_tree_attention_kept', 'bgrpo_nb/learn/trie.py'),
-   'bgrpo_nb.learn.trie._tree_inputs':
-    ('trie.html#_tree_inputs', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._widths':
     ('trie.html#_widths', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie.build_trie':
     ('trie.html#build_trie', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie.row_logps':
     ('trie.html#row_logps', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie.token_ratio':
+    ('trie.html#token_ratio', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie.trie_logps':
     ('trie.html#trie_logps', 'bgrpo_nb/learn/trie.py'),
+  },
+  'bgrpo_nb.learn.trie_attention': {
+   'bgrpo_nb.learn.trie_attention.Facts':
+    ('trie_attention.html#facts', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Flex':
+    ('trie_attention.html#flex', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Flex.attend':
+    ('trie_attention.html#flex.attend', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Flex.of':
+    ('trie_attention.html#flex.of', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Runs':
+    ('trie_attention.html#runs', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Runs.attend':
+    ('trie_attention.html#runs.attend', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Runs.of':
+    ('trie_attention.html#runs.of', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Segments':
+    ('trie_attention.html#segments', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Segments.attend':
+    ('trie_attention.html#segments.attend', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Segments.of':
+    ('trie_attention.html#segments.of', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.Sequences':
+    ('trie_attention.html#sequences', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._Piece':
+    ('trie_attention.html#_piece', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._against':
+    ('trie_attention.html#_against', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._attention_differs':
+    ('trie_attention.html#_attention_differs', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._block_mask':
+    ('trie_attention.html#_block_mask', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._causal_at_the_end':
+    ('trie_attention.html#_causal_at_the_end', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._chains':
+    ('trie_attention.html#_chains', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._checkpoint_under_trie_attention':
+    ('trie_attention.html#_checkpoint_under_trie_attention', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._far_apart':
+    ('trie_attention.html#_far_apart', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._fault':
+    ('trie_attention.html#_fault', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._flex':
+    ('trie_attention.html#_flex', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._in_pieces':
+    ('trie_attention.html#_in_pieces', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._listed':
+    ('trie_attention.html#_listed', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._many':
+    ('trie_attention.html#_many', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._mask_of_trie':
+    ('trie_attention.html#_mask_of_trie', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._model_differs':
+    ('trie_attention.html#_model_differs', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._of_piece':
+    ('trie_attention.html#_of_piece', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._one_for_each_head':
+    ('trie_attention.html#_one_for_each_head', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._pieces':
+    ('trie_attention.html#_pieces', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._plain':
+    ('trie_attention.html#_plain', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._starts':
+    ('trie_attention.html#_starts', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._varlen':
+    ('trie_attention.html#_varlen', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._varlen_acted_out':
+    ('trie_attention.html#_varlen_acted_out', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.choose_form':
+    ('trie_attention.html#choose_form', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.columns_of':
+    ('trie_attention.html#columns_of', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.dense_mask':
+    ('trie_attention.html#dense_mask', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.dtype_of_attention':
+    ('trie_attention.html#dtype_of_attention', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.form_for':
+    ('trie_attention.html#form_for', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.lay_out':
+    ('trie_attention.html#lay_out', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.path_to':
+    ('trie_attention.html#path_to', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.prepared':
+    ('trie_attention.html#prepared', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.trie_attention':
+    ('trie_attention.html#trie_attention', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.trie_attention_on':
+    ('trie_attention.html#trie_attention_on', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.visible':
+    ('trie_attention.html#visible', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention.why_dense':
+    ('trie_attention.html#why_dense', 'bgrpo_nb/learn/trie_attention.py'),
   },
   'bgrpo_nb.learn.trl_batching': {
    'bgrpo_nb.learn.trl_batching.Completion':

@@ -45,8 +45,9 @@ completion = st.lists(st.integers(0, 2), min_size=1, max_size=6)  # three words:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(prompts=st.lists(prompt, min_size=1, max_size=3),
        which=st.lists(st.tuples(st.integers(0, 2), completion), min_size=1, max_size=12),
-       temperature=st.sampled_from([1.0, 0.7]), most=st.sampled_from([1, 2**26]))
-def test_any_rows_in_any_order(name, prompts, which, temperature, most):
+       temperature=st.sampled_from([1.0, 0.7]), most=st.sampled_from([1, 2**26]),
+       attention=st.sampled_from(["segments", "dense"]))
+def test_any_rows_in_any_order(name, prompts, which, temperature, most, attention):
     "In float64, though a few norms and rotations inside the models are float32; the notebook has float32"
     model = MODELS[name]
     ids, mask, C = pad([(prompts[i % len(prompts)], c) for i, c in which])
@@ -60,7 +61,8 @@ def test_any_rows_in_any_order(name, prompts, which, temperature, most):
         return logps.detach(), entropy.detach(), torch.cat(gradients)
 
     full = run(lambda: in_full(model, ids, mask, C, temperature))
-    trie = run(lambda: trie_logps(model, ids, mask, C, temperature, compute_entropy=True, max_elements=most))
+    trie = run(lambda: trie_logps(model, ids, mask, C, temperature, compute_entropy=True, max_elements=most,
+                                  attention=attention))
     assert (trie[0] - full[0]).abs().max() < 1e-6 and (trie[1] - full[1]).abs().max() < 1e-6
     assert (trie[2] - full[2]).norm() <= 1e-6 * full[2].norm() + 1e-6
 
@@ -74,7 +76,8 @@ def test_a_trie_spells_its_rows_and_holds_each_beginning_once(rows):
     for row, path in zip(rows, trie.nodes):
         path = path[path >= 0]
         assert trie.tokens[path].tolist() == row and trie.depth[path].tolist() == list(range(len(row)))
-        for t, node in enumerate(path): assert set(np.flatnonzero(trie.sees[node])) == set(path[:t + 1])
+        for t, node in enumerate(path):
+            assert [k for k in range(node + 1) if node < trie.tout[k]] == path[:t + 1].tolist()
 
 
 MEMORY = """
@@ -95,7 +98,7 @@ mask = torch.ones_like(ids)
 def peak(): # bytes, of this program alone
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()
-with torch.no_grad(): trie_logps(model, ids, mask, C, max_elements=int(sys.argv[1]))
+with torch.no_grad(): trie_logps(model, ids, mask, C, max_elements=int(sys.argv[1]), attention=sys.argv[2])
 one = max(_elements([g], 31) for g in _merge(ids.numpy(), mask.numpy().astype(bool), C))
 print(one, peak() - before)
 """
@@ -104,14 +107,15 @@ print(one, peak() - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 def test_memory_stays_with_the_largest_group():
     "K = 64, P = 1,000: a chunk holds at most max_elements numbers, or one group; four groups need four times that"
-    def peak(most):
-        done = subprocess.run([sys.executable, "-c", MEMORY, str(most)], capture_output=True, text=True, check=True)
-        return map(int, done.stdout.split())
-    (one, chunked), (_, together) = peak(1), peak(2**40)
+    def peak(most, attention):
+        command = [sys.executable, "-c", MEMORY, str(most), attention]
+        return map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    (one, chunked), (_, together), (_, in_segments) = peak(1, "dense"), peak(2**40, "dense"), peak(2**40, "segments")
     assert 2e6 < one < 2**26
     # bytes: masks as booleans and floats, attention scores of two heads, activations of one group
     assert chunked < 20 * one + 300e6
     assert together > chunked + 3 * 4 * one  # at least the masks as floats of the three other groups
+    assert in_segments < together - 2 * 4 * one # which segments do not have
 
 
 def test_a_group_of_the_whole_batch_is_searched_once_whichever_process_holds_its_rows():

@@ -79,7 +79,7 @@ MAY_CHANGE = frozenset("""
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers torch_compile torch_compile_backend
     torch_compile_mode gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
     activation_checkpointing_kwargs per_device_train_batch_size
-    per_device_eval_batch_size prompts_at_once trie_elements torch_empty_cache_steps
+    per_device_eval_batch_size prompts_at_once trie_elements trie_attention torch_empty_cache_steps
     dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers
     report_to run_name project trackio_space_id disable_tqdm log_level log_level_replica log_on_each_node logging_dir
     logging_steps logging_first_step logging_strategy logging_nan_inf_filter log_completions

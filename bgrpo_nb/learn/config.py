@@ -34,6 +34,7 @@ from trl import GRPOConfig
 from ..base.run_folder import lower_is_better
 from ..base.settings import setting
 from .rewards import BASELINES, GROUP_REWARDS, REWARDS, check_choice
+from .trie_attention import FORMS
 from .trl_batching import ROLLOUTS
 from ..search.generation_settings import faults_of
 
@@ -68,6 +69,8 @@ class BGRPOConfig(GRPOConfig):
     objective: str = setting("paper", "paper, or original: the values that the original scripts used")
     share_prefixes: bool = setting(True, "gradients over the group's trie; off: every row in full, as TRL does")
     trie_elements: int = setting(2**26, "most elements of mask and logits in one forward over tries")
+    trie_attention: str = setting(
+        "auto", "attention over tries: auto, flex (FlexAttention), segments, or dense (a mask of all pairs)")
     prompts_per_step: int | None = setting(
         None, "prompts in a generation batch, over all processes; left out: what the batch sizes hold, else 48")
     prompts_at_once: int | None = setting(None, "prompts searched together; left out: about 400 beams")
@@ -198,9 +201,11 @@ def _faults_of_contract(c):
 # %% ../../nbs/08b_config.ipynb #312866ea
 def _faults(c: BGRPOConfig) -> Iterator[str]:
     "A message for each setting that cannot work"
-    known = dict(rollout=ROLLOUTS, reward=(*REWARDS, *GROUP_REWARDS), baseline=(*BASELINES, "siblings"))
+    known = dict(rollout=ROLLOUTS, reward=(*REWARDS, *GROUP_REWARDS), baseline=(*BASELINES, "siblings"),
+                 trie_attention=FORMS)
     for name, values in known.items(): check_choice(name, getattr(c, name), values)
     yield from _faults_of_sizes(c)
+    yield from _faults_of_tries(c)
     yield from _faults_of_groups(c)
     yield from _faults_of_weights(c)
     yield from _faults_of_contract(c)
@@ -215,6 +220,13 @@ def _faults_of_sizes(c):
     for name in SIZES:
         value = getattr(c, name)
         if value is not None and value < 1: yield f"{name}={value} leaves nothing to compute; use 1 or more"
+
+def _faults_of_tries(c):
+    if c.trie_attention == "auto": return
+    if not c.share_prefixes:
+        yield f"trie_attention={c.trie_attention!r} is of tries, and share_prefixes is off; leave one of them out"
+    if c.trie_attention == "flex" and (c.use_cpu or not torch.accelerator.is_available()):
+        yield "trie_attention='flex' has no backward pass on a CPU; use 'auto'"
 
 def _faults_of_groups(c):
     own_scale = c.baseline not in ("mean", "leave_one_out")

@@ -107,7 +107,7 @@ from .arguments import (
 from .config import BGRPOConfig
 from .group_rewards import GroupRewardsTrainer
 from .optimizer_warmup import OptimizerWarmupTrainer
-from .trie import row_logps, trie_logps
+from .trie import row_logps, token_ratio, trie_logps
 from .trl_batching import (
     Completion, constraint_of, group_order, positions_from_mask, roll_out, share_groups)
 from .weight_averages import AveragingTrainer
@@ -317,13 +317,18 @@ def _generate(self: BGRPOTrainer, prompts):
 @patch
 def _can_share(self: BGRPOTrainer, model, width, compute_aux_loss, multimodal) -> bool:
     "Whether rows may be forwarded as a trie; one warning where the model does not allow it"
-    if not self.args.share_prefixes or compute_aux_loss: return False
-    if any(v is not None for v in multimodal.values()): return False
-    reason = why_no_tree(self.accelerator.unwrap_model(model), width)
-    if reason is None: return True
-    if not self._warned: warnings.warn(f"every row is forwarded in full, which is slower: {reason}")
-    self._warned = True
-    return False
+    if not self.args.share_prefixes: return False
+    other = compute_aux_loss or any(v is not None for v in multimodal.values())
+    reason = "images and auxiliary losses need rows" if other else \
+        why_no_tree(self.accelerator.unwrap_model(model), width)
+    asked = self.args.trie_attention
+    if reason and asked != "auto":
+        raise ValueError(f"trie_attention={asked!r} cannot be used where rows are forwarded in full; use 'auto' "
+                         f"({reason})")
+    if reason and not (other or self._warned):
+        warnings.warn(f"every row is forwarded in full, which is slower: {reason}")
+        self._warned = True
+    return reason is None
 
 @patch
 def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep,
@@ -354,11 +359,18 @@ def _logps(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep,
     rows = (model, input_ids, attention_mask, logits_to_keep, self.temperature, compute_entropy)
     with self.accelerator.autocast():
         if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
+            self._note_token_ratio(input_ids, attention_mask, logits_to_keep)
             return *self._over_the_trie(teaching, *rows), None
         if self._renormalizing() is not None: return *row_logps(*rows, self._renormalizing(), batch_size), None
     in_full_rows = super(BGRPOTrainer, self)._get_per_token_logps_and_entropies
     return in_full_rows(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
                         compute_aux_loss, **multimodal)
+
+@patch
+def _note_token_ratio(self: BGRPOTrainer, *rows):
+    "A metric of each forward with gradients"
+    if torch.is_grad_enabled() and self.model.training:
+        self._metrics["train"]["trie/token_ratio"].append(token_ratio(*rows))
 
 @patch
 def _renormalizing(self: BGRPOTrainer): # the constraint, if it changes log-probabilities
@@ -395,7 +407,7 @@ def _over_the_trie(self: BGRPOTrainer, teaching, model, input_ids, attention_mas
     "(N, C) log-probabilities and entropies; of rows that teach nothing without gradients"
     def of(rows):
         return trie_logps(model, input_ids[rows], attention_mask[rows], *more, self.args.trie_elements,
-                          self._renormalizing())
+                          self._renormalizing(), self.args.trie_attention)
     if teaching is None or teaching.all(): return of(slice(None))
     with torch.no_grad(): silent = of(~teaching)
     if not teaching.any(): return silent

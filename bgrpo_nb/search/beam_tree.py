@@ -225,11 +225,11 @@ def in_eval_mode(model):
 
 # %% ../../nbs/02a_beam_tree.ipynb #4530648c
 @contextmanager
-def tree_attention_on(model):
+def tree_attention_on(model, name: str = TREE_ATTENTION): # of an attention that Transformers knows
     "Switch a model to `tree_attention`; its own setting comes back afterwards, also after an exception"
     inner = without_wrappers(model)
     before = inner.config._attn_implementation
-    inner.set_attn_implementation(TREE_ATTENTION)
+    inner.set_attn_implementation(name)
     try: yield model
     finally: inner.set_attn_implementation(before)
 
