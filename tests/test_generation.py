@@ -3,6 +3,8 @@ import gc
 import inspect
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 import weakref
 from copy import deepcopy
@@ -954,3 +956,20 @@ def under_autocast(model, device="cpu"):
         return out
     model.forward = forward
     return model
+
+
+def test_the_first_search_of_a_process_leaves_random_numbers_alone():
+    "What is tried once a process would shift the samples of a training that continues in a new one"
+    code = """
+import torch
+from bgrpo_nb import beam_search, greedy, load_model, load_tokenizer, trie_logps
+model, end = load_model("tiny", device="cpu"), dict(eos_token_id=1, pad_token_id=0)
+ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+for search in (lambda: beam_search(model, ids, num_beams=3, max_new_tokens=9, **end),
+               lambda: greedy(model, ids, max_new_tokens=9, **end), lambda: trie_logps(model, ids, ids > 0, 2)):
+    before = torch.get_rng_state()
+    search()
+    assert torch.equal(before, torch.get_rng_state())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

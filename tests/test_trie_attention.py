@@ -297,7 +297,6 @@ def train(folder, more, seen):
 @pytest.mark.parametrize("rollout", ["sample", "beam"])
 def test_training_over_tries_is_training_over_rows_and_logs_what_it_shares(rollout, tmp_path):
     "Samples too: prompts of unequal length, completions that end early; every form that a CPU has"
-    if rollout == "sample": train(tmp_path / "first", dict(rollout=rollout), [])   # a process draws its first samples otherwise
     seen = []
     lines = {form: train(tmp_path / form, dict(rollout=rollout, trie_attention=form), seen) for form in ("auto", "dense")}
     in_rows = train(tmp_path / "rows", dict(rollout=rollout, share_prefixes=False), [])
