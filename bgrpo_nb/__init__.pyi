@@ -8,7 +8,8 @@ from .algebra.problems import (
 from .search.allowed_sequences import AllowedSequences
 from .search.constraints import Constraint
 from .search.custom_generate import tree_generate
-from .search.generation import Beams, beam_search, greedy, sample
+from .search.decoding import Beams
+from .search.generation import beam_search, greedy, sample
 from .policy.checkpoints import convert_checkpoint
 from .policy.loading import load_model, save_model
 from .policy.model import PRESETS, load_tokenizer

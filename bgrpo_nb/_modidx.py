@@ -768,6 +768,8 @@ d = {
     ('trie_attention.html#_piece', 'bgrpo_nb/learn/trie_attention.py'),
    'bgrpo_nb.learn.trie_attention._against':
     ('trie_attention.html#_against', 'bgrpo_nb/learn/trie_attention.py'),
+   'bgrpo_nb.learn.trie_attention._apart_from_checkpoints':
+    ('trie_attention.html#_apart_from_checkpoints', 'bgrpo_nb/learn/trie_attention.py'),
    'bgrpo_nb.learn.trie_attention._attention_differs':
     ('trie_attention.html#_attention_differs', 'bgrpo_nb/learn/trie_attention.py'),
    'bgrpo_nb.learn.trie_attention._block_mask':

@@ -13,7 +13,7 @@ from bgrpo_nb.recipes.train import TrainConfig, choose_problems
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs/train").glob("*.yaml"))
 SMALL = """--prompts_per_step 2 --num_generations 4 --held_out 4 --eval_limit 4 --eval_steps 1 --save_steps 1
-    --num_beams 4 --wide_beams 6 --num_samples 2 --num_problems 45 --max_steps 2 --warmup_steps 0 --disable_tqdm true""".split()
+    --num_beams 4 --wide_beams 6 --num_samples 2 --known_problems 4 --num_problems 45 --max_steps 2 --warmup_steps 0 --disable_tqdm true""".split()
 GROUPS = dict(prompts_per_step=4, num_generations=4, use_cpu=True)
 
 

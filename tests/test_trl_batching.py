@@ -115,7 +115,7 @@ def test_memory_stays_with_the_largest_group():
     # bytes: masks as booleans and floats, attention scores of two heads, activations of one group
     assert chunked < 20 * one + 300e6
     assert together > chunked + 3 * 4 * one  # at least the masks as floats of the three other groups
-    assert in_segments < together - 2 * 4 * one # which segments do not have
+    assert in_segments < together - 1.5 * 4 * one # which segments do not have
 
 
 def test_a_group_of_the_whole_batch_is_searched_once_whichever_process_holds_its_rows():

@@ -338,6 +338,8 @@ def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, att
     if self._filled is not None: # of these rows
         attention_mask = attention_mask.clone()
         attention_mask[~self._filled, -logits_to_keep:] = 0
+    if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
+        self._note_token_ratio(input_ids, attention_mask, logits_to_keep)
     more = dict(batch_size=batch_size, compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **multimodal)
     one_call = compute_aux_loss or self.accelerator.num_processes > 1 or any(v is not None for v in multimodal.values())
     def some(rows):
@@ -359,7 +361,6 @@ def _logps(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep,
     rows = (model, input_ids, attention_mask, logits_to_keep, self.temperature, compute_entropy)
     with self.accelerator.autocast():
         if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
-            self._note_token_ratio(input_ids, attention_mask, logits_to_keep)
             return *self._over_the_trie(teaching, *rows), None
         if self._renormalizing() is not None: return *row_logps(*rows, self._renormalizing(), batch_size), None
     in_full_rows = super(BGRPOTrainer, self)._get_per_token_logps_and_entropies

@@ -419,6 +419,10 @@ def _plain(model): return without_wrappers(extract_model_from_parallel(model))
 
 _FAULTS: WeakKeyDictionary = WeakKeyDictionary() # model -> (device, precision) -> form -> what its trial found, or None
 
+def _apart_from_checkpoints():
+    "What is saved for a backward pass here belongs to no activation checkpoint, which would miss it when it recomputes"
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
 def form_for(model,                # wrapped or not
              asked: str,           # one of `FORMS`
              columns: int,         # of the sequences
@@ -432,7 +436,7 @@ def form_for(model,                # wrapped or not
     while True:
         name, _ = choose_form(asked, facts, {form: fault for form, fault in tried.items() if fault})
         if name == "dense" or name in tried: return name
-        tried[name] = fault = _fault(name, plain, dtype, device)
+        with _apart_from_checkpoints(): tried[name] = fault = _fault(name, plain, dtype, device)
         if fault and asked == "auto":
             warnings.warn(f"{type(plain).__name__}: attention over tries does without {name}, which would save time "
                           f"and memory; {fault}")

@@ -86,7 +86,8 @@ def table(sweep: Sweep, study, total: int) -> list[str]: # lines
     trials = [t for t in study.get_trials(deepcopy=False) if "folder" in t.user_attrs]
     by = {state: [t for t in trials if t.state == state] for state in TrialState}
     done, running = by[TrialState.COMPLETE], by[TrialState.RUNNING]
-    over = sorted((t for t in trials if t.state != TrialState.RUNNING), key=lambda t: t.datetime_complete)
+    ended = [t for t in trials if t.state != TrialState.RUNNING and t.datetime_complete] # a server may write both apart
+    over = sorted(ended, key=lambda t: t.datetime_complete)
     lines, shown = [_counts(by, total)], over[-8:] + running
     head = ["trial", "state", *sweep.swept, "seed", sweep.metric, "time"]
     if shown: lines += _columns([head, *(_trial_cells(t, sweep) for t in shown)])
