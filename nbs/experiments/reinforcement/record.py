@@ -139,16 +139,16 @@ def steps_in(task_name: str, start: str, arm: Arm) -> int:
 def answers(policy: str, task: Task) -> dict: # degrees -> lists of 0 and 1, one for each problem
     "Which held-out problems a policy solves: greedily, by ten beams, by ten samples"
     model, tokenizer = load_model(policy, device="cpu"), load_tokenizer(policy)
-    greedily, by_beams, by_samples = {}, {}, {}
+    by_greedy, by_beams, by_samples = {}, {}, {}
     for degrees, problems in task.held_out().items():
         found = search_problems(model, tokenizer, problems, 1, task.domain)
-        greedily[degrees] = [int(row.first_valid == 1) for row in found]
+        by_greedy[degrees] = [int(row.first_valid == 1) for row in found]
         few = problems[:task.searched.get(degrees, 0)]
         if not few: continue
         report = evaluate(model, tokenizer, few, num_beams=10, wide_beams=10, num_samples=10, domain=task.domain)
-        by_beams[degrees] = [int(row.beam_place is not None) for row in report.results]
-        by_samples[degrees] = [int(row.valid_samples > 0) for row in report.results]
-    return {"greedy": greedily, "ten_beams": by_beams, "pass_at_10": by_samples}
+        by_beams[degrees] = [int(row.beam_place is not None) for row in report.rows]
+        by_samples[degrees] = [int(row.valid_samples > 0) for row in report.rows]
+    return {"greedy": by_greedy, "ten_beams": by_beams, "pass_at_10": by_samples}
 
 
 def of_start(policy: str, task_name: str) -> dict:
@@ -182,7 +182,7 @@ def row_of(part: str, start: str, arm: Arm, rate: float, seed: int) -> dict | No
         before, after = of_start(start, part), answers(policy, TASKS[part])
         by_degree = {d: compared(before["greedy"][d], after["greedy"][d]) for d in before["greedy"]}
         together = {kind: compared(sum(before[kind].values(), []), sum(after[kind].values(), [])) for kind in before}
-        row = dict(part=part, start=name_of(start), arm=arm.name, rate=rate, seed=seed, steps=steps,
+        row = dict(part=part, start=name_of(start), arm=arm.name, rate=rate, steps=steps,
                    cpu_seconds=round(seconds, 1), validation=greedily(policy, TASKS[part].validation(), TASKS[part].domain),
                    **together, greedy_by_degree=by_degree, settings=arm.settings,
                    **provenance(seed))
@@ -198,6 +198,7 @@ def train_starts():
     common = dict(degrees=["2_2"], per_device_train_batch_size=64, eval_strategy="no", report_to="none", use_cpu=True,
                   disable_tqdm=True, held_out=64)
     if not (parent / "result.json").exists():
+        if parent.exists(): shutil.rmtree(parent)        # of a process that was killed
         train_policy(SupervisedConfig(output_dir=str(parent), max_steps=1200, learning_rate=2e-3, warmup_steps=50, seed=5,
                                       lr_scheduler_type="constant_with_warmup", lr_scheduler_kwargs={}, save_steps=50,
                                       save_total_limit=30, **common))
@@ -205,6 +206,7 @@ def train_starts():
     for step in range(50, 1250, 50):
         policy = OUT / f"starts/step{step}"
         if not (policy / "result.json").exists():
+            if policy.exists(): shutil.rmtree(policy)
             train_policy(SupervisedConfig(output_dir=str(policy), model=str(parent / f"checkpoint-{step}"), max_steps=60,
                                           learning_rate=2e-3, warmup_steps=0, lr_scheduler_type="linear", seed=6,
                                           lr_scheduler_kwargs={}, save_strategy="no", **common))
