@@ -143,16 +143,21 @@ def test_defaults_come_from_the_objective_and_the_machine():
         assert BGRPOConfig(use_cpu=True, metric_for_best_model=metric).greater_is_better is better
 
 
-def test_the_trie_and_full_rows_give_one_loss_and_one_gradient(tmp_path):
-    """Trained weights, an old policy that differs, every element of the gradient. Each form is about 3e-5 of the
-    gradient's norm away from a computation in float64, so that is how closely they can agree"""
+def a_batch_and_its_loss(tmp_path):
+    "A trainer after a step that moved nothing, its loss, and the inputs of that step"
     batches = []
     trainer = BGRPOTrainer("tiny", by_length([]), settings(tmp_path, max_steps=1, learning_rate=0.0), prompts())
     compute = trainer._compute_loss
     trainer._compute_loss = lambda model, inputs: (batches.append(inputs), compute(model, inputs))[1]
     trainer.train()
     trainer.current_gradient_accumulation_steps = 1
-    inputs = batches[0]
+    return trainer, compute, batches[0]
+
+
+def test_the_trie_and_full_rows_give_one_loss_and_one_gradient(tmp_path):
+    """Trained weights, an old policy that differs, every element of the gradient. Each form is about 3e-5 of the
+    gradient's norm away from a computation in float64, so that is how closely they can agree"""
+    trainer, compute, inputs = a_batch_and_its_loss(tmp_path)
     torch.manual_seed(0)
     inputs["old_per_token_logps"] = torch.randn_like(inputs["completion_ids"], dtype=torch.float32) * 0.1 - 1
 
@@ -171,13 +176,7 @@ def test_the_trie_and_full_rows_give_one_loss_and_one_gradient(tmp_path):
 @pytest.mark.parametrize("kind", ["rows", "tokens"])
 def test_groups_without_an_advantage_cost_no_gradient_and_change_nothing(tmp_path, kind, monkeypatch):
     "Two of four groups teach; loss, gradient and entropy are those of one forward of all rows"
-    batches, forwards = [], []
-    trainer = BGRPOTrainer("tiny", by_length([]), settings(tmp_path, max_steps=1, learning_rate=0.0), prompts())
-    compute = trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: (batches.append(inputs), compute(model, inputs))[1]
-    trainer.train()
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = batches[0]
+    forwards, (trainer, compute, inputs) = [], a_batch_and_its_loss(tmp_path)
     off = torch.arange(16) % 8 < 4
     if kind == "tokens": inputs["advantages"] = inputs["advantages"][:, None] * inputs["completion_mask"]
     inputs["advantages"] = inputs["advantages"].clone()
