@@ -92,6 +92,8 @@ d = {
     ('polynomial.html#_lift', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial._lowest_terms':
     ('polynomial.html#_lowest_terms', 'bgrpo_nb/algebra/polynomial.py'),
+   'bgrpo_nb.algebra.polynomial._monomial':
+    ('polynomial.html#_monomial', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial._natural_order':
     ('polynomial.html#_natural_order', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial._nest':
@@ -156,6 +158,8 @@ d = {
     ('polynomial.html#format_prefix', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial.format_terms':
     ('polynomial.html#format_terms', 'bgrpo_nb/algebra/polynomial.py'),
+   'bgrpo_nb.algebra.polynomial.is_decomposition_of_degrees':
+    ('polynomial.html#is_decomposition_of_degrees', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial.is_formed':
     ('polynomial.html#is_formed', 'bgrpo_nb/algebra/polynomial.py'),
    'bgrpo_nb.algebra.polynomial.parse':
@@ -186,16 +190,18 @@ d = {
     ('data.html#_canonical_parts', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._check_settings':
     ('data.html#_check_settings', 'bgrpo_nb/algebra/problems.py'),
+   'bgrpo_nb.algebra.problems._check_size':
+    ('data.html#_check_size', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._collect':
     ('data.html#_collect', 'bgrpo_nb/algebra/problems.py'),
-   'bgrpo_nb.algebra.problems._composed':
-    ('data.html#_composed', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._dot_product':
     ('data.html#_dot_product', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._draw':
     ('data.html#_draw', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._falling':
     ('data.html#_falling', 'bgrpo_nb/algebra/problems.py'),
+   'bgrpo_nb.algebra.problems._key_of':
+    ('data.html#_key_of', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._largest_number':
     ('data.html#_largest_number', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._monomials':

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flint import Ordering, fmpz_mpoly_ctx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import agrees, compose, names
@@ -18,7 +19,8 @@ from bgrpo_nb.algebra.problems import (
     Problem, canonical_rows, compose_rows, filter_by_degree, format_rows, generate_multivariate,
     generate_on_singlets, generate_problems, mix, polynomial_key, read_problems, split, write_problems)
 from bgrpo_nb.algebra.polynomial import (
-    PrefixError, canonical_inner, coefficients, degree, format_prefix, parse, verify, verify_batch)
+    PrefixError, canonical_inner, coefficients, degree, format_prefix, is_decomposition_of_degrees, parse, to_prefix,
+    verify, verify_batch)
 
 steady = settings(derandomize=True, deadline=None, database=None)
 GENERATORS = {
@@ -329,3 +331,21 @@ def test_mix(n_hard, n_easy, share, expected):
 ])
 def test_settings_that_make_no_problems(call, fault):
     with pytest.raises(ValueError, match=fault): call()
+
+
+def test_degrees_tell_what_verify_accepts():
+    "Of random compositions, many of them trivial, degrees refuse exactly those that `verify` refuses"
+    rng, found = random.Random(5), Counter()
+    outer_ring, inner_ring = (fmpz_mpoly_ctx.get([f"{letter}{i}" for i in range(3)], Ordering.deglex) for letter in "ba")
+    def drawn(generators, terms, degree):
+        return sum(rng.randint(-3, 3) * rng.choice(generators) ** rng.randint(0, degree) for _ in range(terms))
+    for _ in range(1000):
+        g = drawn(outer_ring.gens(), 3, 2) + rng.randint(0, 1) * outer_ring.gens()[0] * outer_ring.gens()[1]
+        hs = [drawn([a], 2, 2) + 0 * a for a in inner_ring.gens()]
+        f = g.compose(*hs, ctx=inner_ring)
+        if f.total_degree() < 1: continue
+        by_degrees = is_decomposition_of_degrees(f.total_degree(), g.total_degree(), [h.total_degree() for h in hs])
+        verdict = verify(to_prefix(f), " & ".join(map(to_prefix, [g, *hs])))
+        assert by_degrees == verdict.valid, (g, hs, verdict)
+        found[verdict.reason] += 1
+    assert found["ok"] > 100 and found["trivial"] > 100

@@ -65,7 +65,8 @@ bounds."""
 __all__ = ['MAX_CHARS', 'MAX_DEGREE', 'MAX_BITS', 'MAX_WORK', 'OPERATORS', 'VARIABLE', 'WHY', 'REASONS', 'PrefixError',
            'TooLargeError', 'find_variables', 'parse', 'degree', 'format_prefix', 'format_terms', 'to_prefix',
            'coefficients', 'canonical_coefficients', 'first_variable', 'canonical_inner', 'same_inner', 'Verdict',
-           'base_digits', 'is_formed', 'read_terms', 'format_outer', 'verify', 'verify_batch']
+           'base_digits', 'is_formed', 'read_terms', 'format_outer', 'is_decomposition_of_degrees', 'verify',
+           'verify_batch']
 
 # %% ../../nbs/00_polynomial.ipynb #1ed7e530
 import re
@@ -238,9 +239,15 @@ def _nest(operator: str, parts: Sequence[str]) -> str:
     *before, last = parts
     return "".join(f"{operator} {part} " for part in before) + last
 
-def _term(coefficient: int, powers: Sequence[tuple[str, int]]) -> str:
+@lru_cache(4096)
+def _monomial(variables: tuple[str, ...], exponents: tuple[int, ...]) -> str:
+    "`* a0 ^ a1 P 2`, or nothing for 1"
+    powers = [_power(variable, e) for variable, e in zip(variables, exponents) if e]
+    return _nest("*", powers) if powers else ""
+
+def _term(coefficient: int, monomial: str) -> str:
     "`* P 3 * a0 ^ a1 P 2`, or the number alone"
-    return _nest("*", [_number(coefficient), *(_power(variable, e) for variable, e in powers if e)])
+    return f"* {_number(coefficient)} {monomial}" if monomial else _number(coefficient)
 
 def _sum(terms: Sequence[str]) -> str: return _nest("+", terms) if terms else "P 0"
 
@@ -249,8 +256,9 @@ def format_prefix(coefficients: Sequence[int], # ascending degree
                   variable: str = "a",
                   ) -> str: # prefix notation as in the published files
     "Prefix notation of a univariate polynomial"
-    return _sum([_term(int(c), [(variable, d)]) for d, c in enumerate(coefficients) if c])
+    return _sum([_term(int(c), _monomial((variable,), (d,))) for d, c in enumerate(coefficients) if c])
 
+@lru_cache(4096)
 def _ascending(exponents: tuple[int, ...]) -> tuple:
     "Sort key of a term: total degree, then the higher power of the earlier variable"
     return sum(exponents), [-e for e in exponents]
@@ -261,7 +269,8 @@ def format_terms(terms: dict, # exponents, one for each variable -> integer coef
     "Prefix notation of a multivariate polynomial"
     coefficient_of = {tuple(map(int, exponents)): int(c) for exponents, c in terms.items() if c}
     ordered = sorted(coefficient_of, key=_ascending)
-    return _sum([_term(coefficient_of[exponents], list(zip(variables, exponents))) for exponents in ordered])
+    variables = tuple(variables)
+    return _sum([_term(coefficient_of[exponents], _monomial(variables, exponents)) for exponents in ordered])
 
 def to_prefix(polynomial, # fmpz_poly or fmpz_mpoly
               variable: str = "a", # name of the variable of an fmpz_poly
@@ -531,6 +540,10 @@ def _degrees_fit(n: int, outer: int, inners: Sequence[int]) -> bool: # degrees o
     if outer < 1 or max(inners) < 1: return False
     if len(inners) == 1: return outer * inners[0] == n
     return outer * max(inners) >= n
+
+def is_decomposition_of_degrees(n: int, outer: int, inners: Sequence[int]) -> bool: # of f, the outer, the inners
+    "Whether a composition of these degrees is one that `verify` accepts: none of its parts is trivial"
+    return _degrees_fit(n, outer, inners) and not _is_trivial(n, outer, inners)
 
 # %% ../../nbs/00_polynomial.ipynb #97f84d12
 def _read_outer(tokens: Sequence[str],

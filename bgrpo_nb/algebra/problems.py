@@ -12,7 +12,8 @@ same seed gives the same problems, and the first ten of a thousand are the ten t
 ## Several variables
 
 An outer polynomial in `b0`, `b1`, ... is composed with one inner polynomial for each, in a variable of its own, as
-in the published files. Trivial problems are discarded and drawn again.
+in the published files. Trivial problems are discarded and drawn again. Their degrees tell them: f is made by
+composing the answer, so `verify` could find no other fault.
 
 ## Files
 
@@ -49,7 +50,7 @@ from flint import Ordering, fmpz_mpoly_ctx
 from ..base.files import replacing
 from .notation import to_html
 from .polynomial import (
-    PrefixError, coefficients, degree, find_variables, parse, to_prefix, verify)
+    PrefixError, coefficients, degree, find_variables, is_decomposition_of_degrees, parse, to_prefix, verify)
 
 # %% ../../nbs/01_data.ipynb #a78a27f0
 def _shortened(html: str, limit: int) -> str: # cut before a sign, so that no term is broken
@@ -163,10 +164,16 @@ def canonical_rows(h: np.ndarray, # (n, q + 1) int, leading coefficient not 0
 def polynomial_key(expanded: str, # prefix notation
                    ) -> tuple:    # equal for equal polynomials, however they are written
     "What makes two problems the same: the polynomial, not its text"
-    f, names = parse(expanded), find_variables(expanded.split())
+    f = parse(expanded)
+    return _key_of(f, find_variables(expanded.split()))
+
+def _key_of(f, # flint polynomial
+            names: tuple[str, ...]) -> tuple:
+    "The same for a polynomial in these variables"
     if hasattr(f, "to_dict"): terms = [(tuple(map(int, exponents)), int(c)) for exponents, c in f.to_dict().items()]
-    else: terms = [(d, int(c)) for d, c in enumerate(f.coeffs())]
-    return names, tuple(sorted((exponents, c) for exponents, c in terms if c))
+    else: terms = [((d,), int(c)) for d, c in enumerate(f.coeffs()) if c]
+    used = [i for i in range(len(names)) if any(exponents[i] for exponents, _ in terms)]
+    return tuple(names[i] for i in used), tuple(sorted((tuple(e[i] for i in used), c) for e, c in terms))
 
 # %% ../../nbs/01_data.ipynb #22f0bb1d
 _CHUNK = 8192    # polynomials drawn at once
@@ -265,17 +272,13 @@ def read_degrees(text: str, # "2∘2", "2x2" or "2_2": outer, then inner
 # %% ../../nbs/01_data.ipynb #dc682e55
 _TRIES = 10_000  # draws in a row without a new problem, after which none is expected
 
-def _composed(draw: Callable, rng: random.Random) -> Problem | None: # None: nothing to decompose, or trivial
-    "One draw as a problem whose answer is verified"
-    drawn = draw(rng)
-    if drawn is None: return None
-    f, answer = drawn
-    problem = Problem(to_prefix(f), answer)
-    if not find_variables(problem.expanded.split()): return None
-    return problem if verify(problem.expanded, problem.answer) else None
+def _check_size(problem: Problem):
+    "ValueError for a problem that is too large to be verified"
+    verdict = verify(problem.expanded, problem.answer)
+    if not verdict: raise ValueError(f"{problem} cannot be verified: {verdict.reason}; ask for lower degrees")
 
 def _collect(n: int,
-             draw: Callable, # rng -> (f, answer in prefix notation), or None
+             draw: Callable, # rng -> (f, parts of its answer: fmpz_mpoly), or None for one without a decomposition
              seed: int,
              exclude: Iterable[Problem]) -> list[Problem]:
     "Draw until there are n distinct problems"
@@ -286,12 +289,14 @@ def _collect(n: int,
             raise ValueError(f"only {len(problems)} distinct problems were found; "
                              "ask for fewer, or raise coefficient_bound")
         tries += 1
-        problem = _composed(draw, rng)
-        if problem is None: continue
-        key = polynomial_key(problem.expanded)
+        drawn = draw(rng)
+        if drawn is None: continue
+        f, parts = drawn
+        key = _key_of(f, f.context().names())
         if key in seen: continue
         seen.add(key)
-        problems.append(problem)
+        problems.append(Problem(to_prefix(f), " & ".join(map(to_prefix, parts))))
+        if len(problems) == 1: _check_size(problems[0])
         tries = 0
     return problems
 
@@ -361,7 +366,9 @@ def generate_multivariate(n: int, # how many
         hs = [_random_inner(rng, inner_ring, i, inner_degree, coefficient_bound) for i in range(variables)]
         if not len(g) or not all(map(len, hs)): return None  # a part is 0
         if canonical: g, hs = _canonical_parts(g, hs)
-        return g.compose(*hs, ctx=inner_ring), " & ".join(map(to_prefix, [g, *hs]))
+        f = g.compose(*hs, ctx=inner_ring)
+        proper = is_decomposition_of_degrees(f.total_degree(), g.total_degree(), [h.total_degree() for h in hs])
+        return (f, [g, *hs]) if proper else None
     return _collect(n, draw, seed, exclude)
 
 # %% ../../nbs/01_data.ipynb #54606e12
@@ -395,7 +402,7 @@ def generate_on_singlets(n: int, # how many
         lower = [rng.randint(-coefficient_bound, coefficient_bound) for _ in range(outer_degree)]
         g = [*lower, rng.randint(1, coefficient_bound)]
         f = sum((c * h**k for k, c in enumerate(g) if c), 0 * h)
-        return f, to_prefix(h)
+        return f, [h]
     return _collect(n, draw, seed, exclude)
 
 # %% ../../nbs/01_data.ipynb #5761d5ed

@@ -3,17 +3,19 @@
     python nbs/experiments/reinforcement/record.py [PART ...] [--seeds 0 1 2]
 
 Parts: `starts` trains the policies that the map begins with, `map` continues from each, `small`, `multivariate` and
-`tiny` continue from the bundled ones. Every run has the same CPU seconds for its steps. What is done is kept in
-runs/reinforcement, one folder a run, so a second call, or several at once, continue. `record.json` collects the rows:
-for each run the share of held-out problems that it and its start solve, and the paired differences with 95 %
-intervals. Policies are measured greedily, by ten beams, and by ten samples."""
+`tiny` continue from the bundled ones, `hour` from `tiny` for an hour. Every run of a part has the same CPU seconds for
+its steps. Each arm is tried at several learning rates with the first seed; the one that is best on validation problems
+is measured, and run again with the other seeds. What is done is kept in runs/reinforcement, one folder a run, so a
+second call, or several at once, continue; what record.json holds is not run again. record.json collects the rows: for
+each run the share of held-out problems that it and its start solve, and the paired differences with 95 % intervals.
+Policies are measured greedily, by ten beams, and by ten samples."""
 import argparse
 import json
 import os
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
@@ -29,7 +31,7 @@ from bgrpo_nb.recipes.train import TrainConfig, train_bgrpo
 from bgrpo_nb.solve.beam_filter import search_problems
 from bgrpo_nb.solve.evaluation import bootstrap, evaluate
 
-HERE, OUT = Path(__file__).parent, Path("runs/reinforcement")
+RECORD, OUT = Path(__file__).parent / "record.json", Path("runs/reinforcement")
 LEVELS = (5, 20, 40, 60, 80, 93) # per cent solved greedily, of the starts of the map
 NINE = tuple(f"{outer}_{inner}" for outer in (2, 3, 4) for inner in (2, 3, 4))
 
@@ -43,6 +45,7 @@ class Task:
     domain: str = "ZZ"
     kind: str = "univariate"
     seconds: int = 400      # CPU seconds of the steps of a run
+    validated: int = 600    # problems to choose a learning rate by
 
     def problems(self, n: int, seed: int) -> list:
         "As many of each degree, in turns"
@@ -53,7 +56,7 @@ class Task:
         return {degrees: self._make(n, degrees, seed=777_000) for degrees, n in self.measured.items()}
 
     def validation(self) -> list: # to choose a learning rate by; in no test set
-        return self.problems(600, seed=776_000)
+        return self.problems(self.validated, seed=776_000)
 
     def _make(self, n, degrees, seed):
         outer, inner = map(int, degrees.split("_"))
@@ -61,33 +64,38 @@ class Task:
         return generate_problems(n, outer, inner, seed=seed, canonical=True)
 
 
+THREE_TWO = Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ", seconds=200)
 TASKS = {
-    "map": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, seconds=100),
+    "map": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, seconds=60),
     "small": Task(("2_4", "3_4", "4_3", "4_4"), dict.fromkeys(NINE, 200) | {"2_4": 600, "3_4": 600, "4_4": 1000},
-                  {"2_4": 100, "3_4": 100, "4_4": 200}),
+                  {"2_4": 100, "3_4": 100, "4_4": 200}, validated=2000),
     "multivariate": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, kind="multivariate"),
-    "tiny": Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ"),
+    "tiny": THREE_TWO,
+    "hour": replace(THREE_TWO, seconds=3600),
 }
+STARTS = {"hour": "tiny"}                         # other parts have the name of their start
 
 
 @dataclass(frozen=True)
 class Arm:
     "A way to continue from a policy"
     name: str
-    rates: tuple                                  # peak learning rates that are tried with the first seed
+    rates: dict                                   # part -> peak learning rates that are tried with the first seed
     settings: dict = field(default_factory=dict)  # of TrainConfig, or of SupervisedConfig
     supervised: bool = False
-    parts: tuple = ()                             # in which it is run; empty: in all
 
 
 BEAMS = dict(lr_scheduler_type="linear", warmup_steps=8)
 LABELS = dict(lr_scheduler_type="linear", lr_scheduler_kwargs={}, warmup_steps=10, per_device_train_batch_size=128)
+LOW, HIGH = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
+BY_REWARD = {"map": HIGH, "small": LOW, "multivariate": LOW, "tiny": HIGH}
+BY_LABEL = {"map": (2e-4, 6e-4, 2e-3), "small": (1e-4, 3e-4, 1e-3), "multivariate": (1e-4, 3e-4, 1e-3), "tiny": (2e-4, 6e-4, 2e-3)}
 ARMS = {arm.name: arm for arm in (
-    Arm("mean", (1e-5, 5e-5, 2e-4), BEAMS | dict(num_generations=16, prompts_per_step=32)),
-    Arm("violations", (1e-5, 5e-5, 2e-4), BEAMS | dict(num_generations=4, prompts_per_step=128, baseline="violations")),
-    Arm("minimum risk", (1e-5, 5e-5, 2e-4), BEAMS | dict(num_generations=4, prompts_per_step=128, baseline="minimum_risk")),
-    Arm("samples", (1e-5, 5e-5, 2e-4), BEAMS | dict(num_generations=16, prompts_per_step=32, rollout="sample")),
-    Arm("supervised", (5e-5, 2e-4, 1e-3), LABELS, supervised=True),
+    Arm("mean", BY_REWARD, BEAMS | dict(num_generations=16, prompts_per_step=32)),
+    Arm("violations", BY_REWARD, BEAMS | dict(num_generations=4, prompts_per_step=128, baseline="violations")),
+    Arm("minimum risk", BY_REWARD, BEAMS | dict(num_generations=4, prompts_per_step=128, baseline="minimum_risk")),
+    Arm("samples", BY_REWARD, BEAMS | dict(num_generations=16, prompts_per_step=32, rollout="sample")),
+    Arm("supervised", BY_LABEL, LABELS, supervised=True),
 )}
 
 
@@ -165,31 +173,58 @@ def compared(before: list, after: list) -> dict: # 0 or 1 for each problem, the 
             "change": per_cent(mean(change)), "interval": list(map(per_cent, bootstrap(change)))}
 
 
-def row_of(part: str, start: str, arm: Arm, rate: float, seed: int) -> dict | None: # None: another process has it
-    "The row of one run; trains and measures where that is not done"
-    folder = OUT / part / f"{name_of(start)}-{arm.name.replace(' ', '_')}-{rate:g}-{seed}"
-    done = folder / "row.json"
-    if done.exists(): return json.loads(done.read_text())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try: claim = os.open(folder.with_suffix(".claim"), os.O_CREAT | os.O_EXCL)
-    except FileExistsError: return None
-    os.close(claim)
-    try:
-        if folder.exists(): shutil.rmtree(folder)        # of a process that was killed
-        steps = steps_in(part, start, arm)
-        seconds = continue_from(start, TASKS[part], arm, rate, seed, steps, folder)
-        policy = str(folder / "policy")
-        before, after = of_start(start, part), answers(policy, TASKS[part])
-        by_degree = {d: compared(before["greedy"][d], after["greedy"][d]) for d in before["greedy"]}
-        together = {kind: compared(sum(before[kind].values(), []), sum(after[kind].values(), [])) for kind in before}
-        row = dict(part=part, start=name_of(start), arm=arm.name, rate=rate, steps=steps,
-                   cpu_seconds=round(seconds, 1), validation=greedily(policy, TASKS[part].validation(), TASKS[part].domain),
-                   **together, greedy_by_degree=by_degree, settings=arm.settings,
-                   **provenance(seed))
-        write_json(done, row)
-        print(part, name_of(start), arm.name, rate, seed, row["greedy"], flush=True)
+@contextmanager
+def claimed(path: Path): # yields whether this process has it, not another one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try: os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        yield False
+        return
+    try: yield True
+    finally: path.unlink()
+
+
+def known_rows() -> dict: # (part, start, arm, rate, seed) -> row
+    return {key_of(row): row for row in json.loads(RECORD.read_text())["rows"]} if RECORD.exists() else {}
+
+
+def key_of(row: dict) -> tuple:
+    return row["part"], row["start"], row["arm"], row["rate"], row["seed"]
+
+
+def folder_of(part: str, start: str, arm: Arm, rate: float, seed: int) -> Path:
+    return OUT / part / f"{name_of(start)}-{arm.name.replace(' ', '_')}-{rate:g}-{seed}"
+
+
+def run_of(part: str, start: str, arm: Arm, rate: float, seed: int, measured: bool) -> dict | None: # None: not yet
+    "The row of a run: trained, tried on the validation problems, and measured if that is asked for"
+    row = known_rows().get((part, name_of(start), arm.name, rate, seed))
+    if row and (not measured or "greedy" in row): return row
+    folder = folder_of(part, start, arm, rate, seed)
+    with claimed(folder.with_suffix(".claim")) as mine:
+        if not mine: return None
+        file = folder / "row.json"
+        row = json.loads(file.read_text()) if file.exists() else trained(part, start, arm, rate, seed, folder)
+        if measured and "greedy" not in row: row |= measurements(part, start, str(folder / "policy"))
+        write_json(file, row)
+        print(*key_of(row), row["validation"], row.get("greedy"), flush=True)
         return row
-    finally: os.unlink(folder.with_suffix(".claim"))
+
+
+def trained(part: str, start: str, arm: Arm, rate: float, seed: int, folder: Path) -> dict:
+    if folder.exists(): shutil.rmtree(folder)        # of a process that was killed
+    task, steps = TASKS[part], steps_in(part, start, arm)
+    seconds = continue_from(start, task, arm, rate, seed, steps, folder)
+    return dict(part=part, start=name_of(start), arm=arm.name, rate=rate, steps=steps, cpu_seconds=round(seconds, 1),
+                validation=greedily(str(folder / "policy"), task.validation(), task.domain), settings=arm.settings,
+                **provenance(seed))
+
+
+def measurements(part: str, start: str, policy: str) -> dict:
+    before, after = of_start(start, part), answers(policy, TASKS[part])
+    by_degree = {d: compared(before["greedy"][d], after["greedy"][d]) for d in before["greedy"]}
+    together = {kind: compared(sum(before[kind].values(), []), sum(after[kind].values(), [])) for kind in before}
+    return dict(**together, greedy_by_degree=by_degree)
 
 
 def train_starts():
@@ -223,43 +258,48 @@ def greedily(policy: str, problems: list, domain: str) -> float: # per cent
     return round(100 * mean([row.first_valid == 1 for row in found]), 2)
 
 
-def all_rows(part, runs) -> list[dict]: # runs: (start, arm, rate, seed)
+def all_rows(part: str, runs: list, measured: bool) -> list[dict]: # runs: (start, arm, rate, seed)
     "Rows of these runs, each made by this process or by another one that works beside it"
     while True:
-        rows = [row_of(part, *run) for run in runs]
+        rows = [run_of(part, *run, measured) for run in runs]
         if all(rows): return rows
         time.sleep(5)
 
 
-def run_part(part: str, seeds: list[int]):
-    "Every rate with the first seed, then the rate that is best on the validation problems with the other seeds"
-    starts = [part]
+def run_part(part: str, seeds: list[int], arms: list[Arm]):
+    "Every rate with the first seed, then the rate that is best on the validation problems with all seeds"
+    starts = [STARTS.get(part, part)]
     if part == "map":
         chosen = json.loads((OUT / "starts/chosen.json").read_text())
         starts = [str(OUT / f"starts/step{found['step']}/policy") for found in chosen.values()]
-    first, *others = seeds
-    pairs = [(start, arm) for start in starts for arm in ARMS.values() if not arm.parts or part in arm.parts]
-    rows = all_rows(part, [(start, arm, rate, first) for start, arm in pairs for rate in arm.rates])
+    pairs = [(start, arm) for start in starts for arm in arms]
+    rows = all_rows(part, [(start, arm, rate, seeds[0]) for start, arm in pairs for rate in arm.rates[part]], False)
     best = {}
     for row in rows:
         key = row["start"], row["arm"]
         if key not in best or row["validation"] > best[key]["validation"]: best[key] = row
-    all_rows(part, [(start, arm, best[name_of(start), arm.name]["rate"], seed) for start, arm in pairs for seed in others])
+    all_rows(part, [(start, arm, best[name_of(start), arm.name]["rate"], seed) for seed in seeds for start, arm in pairs], True)
 
 
 def collect():
-    rows = [json.loads(file.read_text()) for file in sorted(OUT.glob("*/*/row.json"))]
-    starts = OUT / "starts/chosen.json"
-    write_json(HERE / "record.json", {"starts": json.loads(starts.read_text()) if starts.exists() else {}, "rows": rows})
+    "record.json holds what it held, what has been run since, and the starts"
+    rows = known_rows()
+    for file in sorted(OUT.glob("*/*/row.json")):
+        row = json.loads(file.read_text())
+        rows[key_of(row)] = rows.get(key_of(row), {}) | row
+    chosen = OUT / "starts/chosen.json"
+    starts = json.loads(chosen.read_text()) if chosen.exists() else json.loads(RECORD.read_text())["starts"]
+    write_json(RECORD, {"starts": starts, "rows": [rows[key] for key in sorted(rows)]})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["starts", "map", "small", "multivariate", "tiny"])
+    parser.add_argument("parts", nargs="*", default=["starts", "map", "tiny", "small", "multivariate", "hour"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     for part in asked.parts:
         if part == "starts": train_starts()
-        elif part != "collect": run_part(part, asked.seeds)
+        elif part != "collect": run_part(part, asked.seeds, [ARMS[name] for name in asked.arms])
     collect()
