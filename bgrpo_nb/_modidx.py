@@ -992,6 +992,8 @@ d = {
     ('loading.html#choose_attention', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading.find_policy':
     ('loading.html#find_policy', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.known_to':
+    ('loading.html#known_to', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading.load_model':
     ('loading.html#load_model', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading.quietly':
@@ -1000,6 +1002,8 @@ d = {
     ('loading.html#read_tokenizer', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading.save_model':
     ('loading.html#save_model', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.say_known':
+    ('loading.html#say_known', 'bgrpo_nb/policy/loading.py'),
   },
   'bgrpo_nb.policy.model': {
    'bgrpo_nb.policy.model._by_table':
@@ -1222,6 +1226,8 @@ d = {
     ('sft.html#_train', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._training_attention':
     ('sft.html#_training_attention', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._write_policy':
+    ('sft.html#_write_policy', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.bf16_is_native':
     ('sft.html#bf16_is_native', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft.exact_match':
@@ -1326,8 +1332,6 @@ d = {
     ('validation.html#is_validation', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.known_problems':
     ('validation.html#known_problems', 'bgrpo_nb/recipes/validation.py'),
-   'bgrpo_nb.recipes.validation.known_to':
-    ('validation.html#known_to', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.of_kind':
     ('validation.html#of_kind', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.read_reports':
@@ -1338,6 +1342,8 @@ d = {
     ('validation.html#reports_of', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.saved_step':
     ('validation.html#saved_step', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.sign_test_interval':
+    ('validation.html#sign_test_interval', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.summary':
     ('validation.html#summary', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.which_policy':

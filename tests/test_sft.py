@@ -20,6 +20,7 @@ from bgrpo_nb.recipes import sft
 from bgrpo_nb.algebra.problems import (
     Problem, generate_multivariate, generate_problems, highest_first, polynomial_key, write_problems)
 from bgrpo_nb.search.generation import greedy
+from bgrpo_nb.policy.loading import known_to
 from bgrpo_nb.policy.model import decode_completions, encode, load_model, load_tokenizer, new_model, save_model
 from bgrpo_nb.algebra.polynomial import canonical_inner, verify
 from bgrpo_nb.base.ownership import claim_folder
@@ -98,6 +99,18 @@ def test_a_policy_learns(config):
     share = np.mean([text == p.answer for text, p in zip(decode_completions(tokenizer, found), held_out)])
     assert result["eval_exact_match"] == pytest.approx(share), "validation agrees with greedy decoding"
     assert share > 0.05
+
+
+def test_a_policy_says_what_it_was_trained_on(config, tmp_path):
+    whole, file = ["2_2", "3_2", "2_2"], tmp_path / "mine.txt"
+    train_policy(config("new", model=None, preset="tiny", degrees=whole, max_steps=1, eval_strategy="no"))
+    known = [dict(kind="univariate", degrees="2_2,3_2", variables=3)]
+    assert known_to(tmp_path / "new/policy") == known
+    write_problems(file, generate_problems(80, 2, 3))
+    train_policy(config("file", model=str(tmp_path / "new/policy"), problems=str(file), max_steps=1, eval_strategy="no"))
+    assert known_to(tmp_path / "file/policy") == known        # a file may hold anything
+    train_policy(config("unknown", max_steps=1, eval_strategy="no"))
+    assert known_to(tmp_path / "unknown/policy") == []        # its start does not say
 
 
 def test_an_interrupted_run_ends_like_an_unbroken_one(config, monkeypatch):

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from bgrpo_nb.algebra.problems import polynomial_key
 from bgrpo_nb.base.run_folder import read_metrics
+from bgrpo_nb.policy.loading import known_to
 from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
 from bgrpo_nb.recipes import train as recipe
 from bgrpo_nb.recipes import validation
 from bgrpo_nb.recipes.train import TrainConfig, choose_problems, train_bgrpo
-from bgrpo_nb.recipes.validation import known_problems, known_to
+from bgrpo_nb.recipes.validation import known_problems
 from bgrpo_nb.solve.evaluation import ProblemResult, Report
 from bgrpo_nb.study.run_readers import metrics_of
 

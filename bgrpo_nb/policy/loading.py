@@ -38,6 +38,11 @@ TRL.
 
 A policy is saved as a folder in Hugging Face format, with its tokenizer.
 
+## What a policy was trained on
+
+A policy may say in its `training.json` which problems it was trained on. The bundled ones do, and so does each
+policy that `bgrpo sft` makes or `bgrpo train` continues. A later run then measures whether it still solves them.
+
 ## What is refused
 
 A name that leads nowhere, a config that asks for other tensors than there are, weights that are not numbers, a
@@ -53,7 +58,7 @@ here. A model that was loaded by other means can be given to the trainer and to 
 
 # %% auto #0
 __all__ = ['quietly', 'bundled_names', 'find_policy', 'choose_attention', 'check_finite', 'load_model',
-           'read_tokenizer', 'save_model']
+           'read_tokenizer', 'save_model', 'known_to', 'say_known']
 
 # %% ../../nbs/02c_loading.ipynb #c8114120
 import json
@@ -71,7 +76,7 @@ from transformers.utils import logging
 # %% ../../nbs/02c_loading.ipynb #dea225ad
 from ..base.assets import ASSETS
 from ..base.extras import need
-from ..base.files import filling
+from ..base.files import filling, write_json
 
 # %% ../../nbs/02c_loading.ipynb #cac5dd1b
 @contextmanager
@@ -348,3 +353,21 @@ def save_model(model,
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     return Path(folder)
+
+# %% ../../nbs/02c_loading.ipynb #02cknown02
+def known_to(name_or_path, # a bundled policy's name, a folder, or a hub id
+             ) -> list[dict]: # each with kind, degrees, and variables where there are several
+    "Which problems a policy says it was trained on; none where it does not say"
+    folder = find_policy(name_or_path)
+    file = Path(folder) / "training.json" if isinstance(folder, Path) else None
+    if file is None or not file.is_file(): return []
+    return json.loads(file.read_text(encoding="utf-8")).get("problems", [])
+
+def say_known(folder, # of a saved policy
+              start: str | None, # the policy that it continues from
+              here: list[dict]): # what it was trained on since, each as of `known_to`
+    "Write what a policy was trained on; nothing where its start does not say"
+    before = known_to(start) if start else []
+    if start and not before: return
+    new = [each for each in here if each not in before]
+    if before or new: write_json(Path(folder) / "training.json", dict(problems=before + new))

@@ -66,7 +66,7 @@ from ..base.files import write_json
 from ..base.run_folder import open_run, provenance
 from ..base.settings import check_ranges, setting
 from ..learn.finite import FiniteTrainer
-from ..policy.loading import choose_attention
+from ..policy.loading import choose_attention, say_known
 from ..policy.model import PRESETS, load_model, load_tokenizer, new_model, save_model
 from .callbacks import RunLog, StopCleanly, run_steps, show_progress
 from .samples import (
@@ -346,6 +346,14 @@ def train_policy(config: SupervisedConfig) -> dict: # content of result.json; "s
         opened.enter_context(at_wandb(config, main))
         return _train(config, checkpoint)
 
+def _write_policy(config, model, tokenizer):
+    "The policy, and what it was trained on"
+    folder = Path(config.output_dir) / "policy"
+    save_model(model, tokenizer, folder, dtype=getattr(torch, config.weights_dtype))
+    degrees = ",".join(dict.fromkeys(config.degrees))
+    here = [] if config.problems else [dict(kind=config.kind, degrees=degrees, variables=config.variables)]
+    say_known(folder, config.model, here)
+
 def _train(config, checkpoint) -> dict: # as of `train_policy`
     folder, main = Path(config.output_dir), config.process_index == 0
     model, tokenizer = start_policy(config)
@@ -363,6 +371,6 @@ def _train(config, checkpoint) -> dict: # as of `train_policy`
     measured = trainer.evaluate()
     result |= {name: measured[name] for name in ("eval_loss", "eval_exact_match") if name in measured}
     model.set_attn_implementation(loaded_with)
-    if main: save_model(model, tokenizer, folder / "policy", dtype=getattr(torch, config.weights_dtype))
+    if main: _write_policy(config, model, tokenizer)
     if main: write_json(folder / "result.json", result)
     return result

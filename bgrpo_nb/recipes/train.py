@@ -78,10 +78,11 @@ from ..base.run_folder import best_of, check_space, describe_lines, open_run, pr
 from ..base.settings import check_ranges, setting
 from ..learn.config import BGRPOConfig
 from ..learn.trainer import BGRPOTrainer, load_policy
+from ..policy.loading import known_to, say_known
 from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
 from .validation import (
-    StartAndEnd, Validator, can_load_best, is_validation, known_problems, known_to, of_kind, read_reports, refuse_best,
+    StartAndEnd, Validator, can_load_best, is_validation, known_problems, of_kind, read_reports, refuse_best,
     reports_of, saved_step, summary, which_policy, write_reports)
 from .wandb_logging import WandbPanels, at_wandb, guard_wandb
 from ..search.generation import check_length
@@ -276,9 +277,8 @@ def _write_policy(config, policy, tokenizer):
     "The policy, and what it was trained on where its start says that"
     folder = Path(config.output_dir)
     save_model(policy, tokenizer, folder / "policy")
-    known = known_to(config.model)
     here = [] if config.problems else [dict(kind=config.kind, degrees=config.degrees, variables=config.variables)]
-    if known: write_json(folder / "policy" / "training.json", dict(problems=known + here))
+    say_known(folder / "policy", config.model, here)
 
 def _describe(c: TrainConfig, train, held_out, given: bool) -> dict:
     "Which problems a run sees: where they come from, how many, and the hash of their lines"

@@ -64,7 +64,7 @@ class Task:
         return generate_problems(n, outer, inner, seed=seed, canonical=True)
 
 
-THREE_TWO = Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ", seconds=200)
+THREE_TWO = Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ", seconds=150)
 TASKS = {
     "map": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, seconds=60),
     "small": Task(("2_4", "3_4", "4_3", "4_4"), dict.fromkeys(NINE, 200) | {"2_4": 600, "3_4": 600, "4_4": 1000},
@@ -80,7 +80,7 @@ STARTS = {"hour": "tiny"}                         # other parts have the name of
 class Arm:
     "A way to continue from a policy"
     name: str
-    rates: dict                                   # part -> peak learning rates that are tried with the first seed
+    rates: dict                                   # part in which it is run -> peak learning rates that are tried
     settings: dict = field(default_factory=dict)  # of TrainConfig, or of SupervisedConfig
     supervised: bool = False
 
@@ -88,13 +88,18 @@ class Arm:
 BEAMS = dict(lr_scheduler_type="linear", warmup_steps=8)
 LABELS = dict(lr_scheduler_type="linear", lr_scheduler_kwargs={}, warmup_steps=10, per_device_train_batch_size=128)
 LOW, HIGH = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
-BY_REWARD = {"map": HIGH, "small": LOW, "multivariate": LOW, "tiny": HIGH}
-BY_LABEL = {"map": (2e-4, 6e-4, 2e-3), "small": (1e-4, 3e-4, 1e-3), "multivariate": (1e-4, 3e-4, 1e-3), "tiny": (2e-4, 6e-4, 2e-3)}
+BY_REWARD = {"map": HIGH, "tiny": HIGH, "small": LOW, "multivariate": LOW}
+NOT_THE_MAP = {part: rates for part, rates in BY_REWARD.items() if part != "map"}
+GOOD_STARTS = {"small": LOW, "multivariate": LOW}
+BY_LABEL = {"map": (2e-4, 6e-4, 2e-3), "tiny": (2e-4, 6e-4, 2e-3), "small": (1e-4, 3e-4, 1e-3),
+            "multivariate": (1e-4, 3e-4, 1e-3)}
+SIXTEEN, FOUR = dict(num_generations=16, prompts_per_step=32), dict(num_generations=4, prompts_per_step=128)
 ARMS = {arm.name: arm for arm in (
-    Arm("mean", BY_REWARD, BEAMS | dict(num_generations=16, prompts_per_step=32)),
-    Arm("violations", BY_REWARD, BEAMS | dict(num_generations=4, prompts_per_step=128, baseline="violations")),
-    Arm("minimum risk", BY_REWARD, BEAMS | dict(num_generations=4, prompts_per_step=128, baseline="minimum_risk")),
-    Arm("samples", BY_REWARD, BEAMS | dict(num_generations=16, prompts_per_step=32, rollout="sample")),
+    Arm("mean", BY_REWARD, BEAMS | SIXTEEN),
+    Arm("mean, one form", GOOD_STARTS, BEAMS | SIXTEEN | dict(canonical_only=True)),
+    Arm("violations", NOT_THE_MAP, BEAMS | FOUR | dict(baseline="violations")),
+    Arm("minimum risk", BY_REWARD, BEAMS | FOUR | dict(baseline="minimum_risk")),
+    Arm("samples", BY_REWARD, BEAMS | SIXTEEN | dict(rollout="sample")),
     Arm("supervised", BY_LABEL, LABELS, supervised=True),
 )}
 
@@ -128,6 +133,9 @@ def continue_from(start: str, task: Task, arm: Arm, rate: float, seed: int, step
     return seconds[0]
 
 
+def file_name(arm: Arm) -> str: return arm.name.replace(",", "").replace(" ", "_")
+
+
 def name_of(policy: str) -> str:
     path = Path(policy)
     return path.parent.name if path.name == "policy" else path.name
@@ -135,7 +143,7 @@ def name_of(policy: str) -> str:
 
 def steps_in(task_name: str, start: str, arm: Arm) -> int:
     "Optimizer steps that take the task's seconds, from a few steps that are timed once"
-    file = OUT / task_name / f"speed-{name_of(start)}-{arm.name.replace(' ', '_')}.json"
+    file = OUT / task_name / f"speed-{name_of(start)}-{file_name(arm)}.json"
     if not file.exists():
         trial = file.with_name(f"{file.stem}-{os.getpid()}")
         seconds = continue_from(start, TASKS[task_name], arm, 1e-9, 99, 8, trial)
@@ -193,7 +201,7 @@ def key_of(row: dict) -> tuple:
 
 
 def folder_of(part: str, start: str, arm: Arm, rate: float, seed: int) -> Path:
-    return OUT / part / f"{name_of(start)}-{arm.name.replace(' ', '_')}-{rate:g}-{seed}"
+    return OUT / part / f"{name_of(start)}-{file_name(arm)}-{rate:g}-{seed}"
 
 
 def run_of(part: str, start: str, arm: Arm, rate: float, seed: int, measured: bool) -> dict | None: # None: not yet
@@ -227,30 +235,36 @@ def measurements(part: str, start: str, policy: str) -> dict:
     return dict(**together, greedy_by_degree=by_degree)
 
 
+DECAYS = [(step, 60) for step in range(50, 1250, 50)] + [(1200, 240), (1200, 720)] # from which step, how many steps
+
+
 def train_starts():
-    "Policies of every strength on 2∘2: parts of one supervised run, each with a short decay of its learning rate"
+    "Policies of every strength on 2∘2: parts of one supervised run, each with a decay of its learning rate"
     parent = OUT / "starts/run"
     common = dict(degrees=["2_2"], per_device_train_batch_size=64, eval_strategy="no", report_to="none", use_cpu=True,
                   disable_tqdm=True, held_out=64)
     if not (parent / "result.json").exists():
         if parent.exists(): shutil.rmtree(parent)        # of a process that was killed
-        train_policy(SupervisedConfig(output_dir=str(parent), max_steps=1200, learning_rate=2e-3, warmup_steps=50, seed=5,
-                                      lr_scheduler_type="constant_with_warmup", lr_scheduler_kwargs={}, save_steps=50,
-                                      save_total_limit=30, **common))
+        train_policy(SupervisedConfig(output_dir=str(parent), max_steps=1200, learning_rate=2e-3, warmup_steps=50,
+                                      lr_scheduler_type="constant_with_warmup", lr_scheduler_kwargs={}, seed=5,
+                                      save_steps=50, save_total_limit=30, **common))
     found = {}
-    for step in range(50, 1250, 50):
-        policy = OUT / f"starts/step{step}"
-        if not (policy / "result.json").exists():
-            if policy.exists(): shutil.rmtree(policy)
-            train_policy(SupervisedConfig(output_dir=str(policy), model=str(parent / f"checkpoint-{step}"), max_steps=60,
-                                          learning_rate=2e-3, warmup_steps=0, lr_scheduler_type="linear", seed=6,
-                                          lr_scheduler_kwargs={}, save_strategy="no", **common))
-        greedy = greedily(str(policy / "policy"), generate_problems(600, 2, 2, seed=776_000, canonical=True), "ZZ")
-        found[step] = greedy
-        print("start", step, greedy, flush=True)
-        if greedy > 97: break
-    chosen = {level: min(found, key=lambda step: abs(found[step] - level)) for level in LEVELS}
-    write_json(OUT / "starts/chosen.json", {str(level): {"step": step, "greedy": found[step]} for level, step in chosen.items()})
+    for step, decay in DECAYS:
+        name = f"step{step}" if decay == 60 else f"step{step}-{decay}"
+        if not (OUT / "starts" / name / "result.json").exists(): train_start(parent, step, decay, name, common)
+        found[name] = greedily(f"{OUT}/starts/{name}/policy", TASKS["map"].validation(), "ZZ")
+        print("start", name, found[name], flush=True)
+    chosen = {level: min(found, key=lambda name: abs(found[name] - level)) for level in LEVELS}
+    write_json(OUT / "starts/chosen.json",
+               {str(level): {"name": name, "greedy": found[name]} for level, name in chosen.items()})
+
+
+def train_start(parent: Path, step: int, decay: int, name: str, common: dict):
+    folder = OUT / "starts" / name
+    if folder.exists(): shutil.rmtree(folder)
+    train_policy(SupervisedConfig(output_dir=str(folder), model=str(parent / f"checkpoint-{step}"), max_steps=decay,
+                                  learning_rate=2e-3, warmup_steps=0, lr_scheduler_type="linear", seed=6,
+                                  lr_scheduler_kwargs={}, save_strategy="no", **common))
 
 
 def greedily(policy: str, problems: list, domain: str) -> float: # per cent
@@ -271,14 +285,15 @@ def run_part(part: str, seeds: list[int], arms: list[Arm]):
     starts = [STARTS.get(part, part)]
     if part == "map":
         chosen = json.loads((OUT / "starts/chosen.json").read_text())
-        starts = [str(OUT / f"starts/step{found['step']}/policy") for found in chosen.values()]
-    pairs = [(start, arm) for start in starts for arm in arms]
+        starts = [str(OUT / f"starts/{found['name']}/policy") for found in chosen.values()]
+    pairs = [(start, arm) for start in starts for arm in arms if part in arm.rates]
     rows = all_rows(part, [(start, arm, rate, seeds[0]) for start, arm in pairs for rate in arm.rates[part]], False)
     best = {}
     for row in rows:
         key = row["start"], row["arm"]
         if key not in best or row["validation"] > best[key]["validation"]: best[key] = row
-    all_rows(part, [(start, arm, best[name_of(start), arm.name]["rate"], seed) for seed in seeds for start, arm in pairs], True)
+    chosen = [(start, arm, best[name_of(start), arm.name]["rate"]) for start, arm in pairs]
+    all_rows(part, [(*run, seed) for seed in seeds for run in chosen], True)
 
 
 def collect():
