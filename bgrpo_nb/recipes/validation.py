@@ -50,7 +50,6 @@ from transformers import TrainerCallback
 from ..algebra.problems import (
     Problem, generate_multivariate, generate_on_singlets, generate_problems, read_degrees)
 from ..learn.trainer import whole_model
-from ..policy.loading import known_to
 from ..search.generation import sample
 from ..solve.beam_filter import answer_tokens, in_batches
 from ..solve.evaluation import METRICS, Report, compare, name_of
