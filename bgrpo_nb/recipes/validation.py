@@ -7,8 +7,8 @@ were gained and 7 lost, nine problems say something, and by chance each would go
 
 ## What changed
 
-`changes` compares two reports on the same problems. A metric rose or fell where its 95 % interval excludes 0: for
-shares the interval of the exact sign test, for the beam rank score the bootstrap of evaluation.
+`changes` compares two reports on the same problems. A metric rose or fell where its 95 % interval excludes 0. For
+shares that is the interval of the exact sign test, for the beam rank score the bootstrap of evaluation.
 
 ## What a policy knew before
 
