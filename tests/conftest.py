@@ -49,6 +49,17 @@ def shared():
     return folder
 
 
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    "The folder of a policy of two layers with random weights"
+    from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
+    model = new_model("tiny", initializer_range=0.5, **SMALL)
+    return save_model(model, load_tokenizer("single"), tmp_path_factory.mktemp("policy"))
+
+
 def pytest_unconfigure():
     if TEMP: shutil.rmtree(TEMP, ignore_errors=True)
 

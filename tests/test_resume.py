@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL
 from datasets import Dataset
 
 from bgrpo_nb.base import run_folder
@@ -22,14 +23,8 @@ from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
 
 BGRPO = ["-m", "bgrpo_nb"] # of Python, or of torchrun
-SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 ALONE = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_MODE": "disabled"}
 CLOCK = ("runtime", "seconds", "step_time", "per_second", "train_loss", "total_flos")
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_model(new_model("tiny", initializer_range=0.5, **SMALL), load_tokenizer("single"), tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from bgrpo_nb.algebra.problems import polynomial_key
 from bgrpo_nb.base.run_folder import read_metrics
 from bgrpo_nb.policy.loading import known_to
-from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
 from bgrpo_nb.recipes import train as recipe
 from bgrpo_nb.recipes import validation
 from bgrpo_nb.recipes.train import TrainConfig, choose_problems, train_bgrpo
@@ -21,7 +20,6 @@ from bgrpo_nb.recipes.validation import known_problems
 from bgrpo_nb.solve.evaluation import ProblemResult, Report
 from bgrpo_nb.study.run_readers import metrics_of
 
-SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 RUN = dict(num_problems=24, held_out=8, prompts_per_step=4, num_generations=4, max_steps=6, eval_steps=2, save_steps=2,
            save_total_limit=None, max_completion_length=6, num_beams=4, num_samples=2, warmup_steps=0,
            learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True)
@@ -33,12 +31,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_model(new_model("tiny", initializer_range=0.5, **SMALL), load_tokenizer("single"),
-                      tmp_path_factory.mktemp("policy"))
 
 
 def run(policy, folder, **more):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SMALL
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -15,18 +16,11 @@ from bgrpo_nb.algebra.problems import generate_problems
 from bgrpo_nb.base.run_folder import check_space
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
-from bgrpo_nb.policy.model import load_model, load_tokenizer, new_model, save_model
+from bgrpo_nb.policy.model import load_model, load_tokenizer, new_model
 
-SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 BOTH = dict(ema_decay=0.6, average_with_start=0.25)
 LORA = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 PROMPTS = [p.prompt for p in generate_problems(6, 2, 2, seed=5)]
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_model(new_model("tiny", initializer_range=0.5, **SMALL), load_tokenizer("single"),
-                      tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module", autouse=True)
