@@ -49,6 +49,16 @@ def shared():
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    "Small matrices gain nothing from more threads, and on a busy machine threads wait for each other"
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 
 

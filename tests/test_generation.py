@@ -49,13 +49,7 @@ NO_LENGTH_PENALTY = dict(length_penalty=0.0, do_sample=False, return_dict_in_gen
 NO_END = dict(max_new_tokens=8, eos_token_id=None, pad_token_id=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models this small are fastest on one thread"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @lru_cache

@@ -27,12 +27,7 @@ ALONE = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "
 CLOCK = ("runtime", "seconds", "step_time", "per_second", "train_loss", "total_flos")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(policy, folder, resume=None, peft_config=None, **more):

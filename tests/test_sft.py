@@ -32,13 +32,7 @@ from bgrpo_nb.recipes.samples import (
 from bgrpo_nb.recipes.sft import SupervisedConfig, train_policy
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Small matrices gain nothing from more threads, and on a busy machine threads wait for each other"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,7 @@ RUN = dict(num_problems=24, held_out=8, prompts_per_step=4, num_generations=4, m
            learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(policy, folder, **more):

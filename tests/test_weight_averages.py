@@ -23,12 +23,7 @@ LORA = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 PROMPTS = [p.prompt for p in generate_problems(6, 2, 2, seed=5)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def flat(model): return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
