@@ -87,8 +87,8 @@ class Arm:
 
 BEAMS = dict(lr_scheduler_type="linear", warmup_steps=8)
 LABELS = dict(lr_scheduler_type="linear", lr_scheduler_kwargs={}, warmup_steps=10, per_device_train_batch_size=128)
-LOW, HIGH = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
-BY_REWARD = {"map": HIGH, "tiny": HIGH, "small": LOW, "multivariate": LOW}
+LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
+BY_REWARD = {"map": MIDDLE, "tiny": HIGH, "small": LOW, "multivariate": LOW}
 NOT_THE_MAP = {part: rates for part, rates in BY_REWARD.items() if part != "map"}
 GOOD_STARTS = {"small": LOW, "multivariate": LOW}
 BY_LABEL = {"map": (2e-4, 6e-4, 2e-3), "tiny": (2e-4, 6e-4, 2e-3), "small": (1e-4, 3e-4, 1e-3),
@@ -209,7 +209,7 @@ def run_of(part: str, start: str, arm: Arm, rate: float, seed: int, measured: bo
     row = known_rows().get((part, name_of(start), arm.name, rate, seed))
     if row and (not measured or "greedy" in row): return row
     folder = folder_of(part, start, arm, rate, seed)
-    with claimed(folder.with_suffix(".claim")) as mine:
+    with claimed(folder.with_name(f"{folder.name}.claim")) as mine:
         if not mine: return None
         file = folder / "row.json"
         row = json.loads(file.read_text()) if file.exists() else trained(part, start, arm, rate, seed, folder)
