@@ -4,11 +4,11 @@
 
 Parts: `starts` trains the policies that the map begins with, `map` continues from each, `small`, `multivariate` and
 `tiny` continue from the bundled ones, `hour` from `tiny` for an hour. Every run of a part has the same CPU seconds for
-its steps. Each arm is tried at several learning rates with the first seed; the one that is best on validation problems
-is measured, and run again with the other seeds. What is done is kept in runs/reinforcement, one folder a run, so a
-second call, or several at once, continue; what record.json holds is not run again. record.json collects the rows: for
-each run the share of held-out problems that it and its start solve, and the paired differences with 95 % intervals.
-Policies are measured greedily, by ten beams, and by ten samples."""
+its steps. Each arm is tried at several learning rates with the first seed (in the map from two starts alone); the one
+that is best on validation problems is measured, and run again with the other seeds. What is done is kept in
+runs/reinforcement, one folder a run, so a second call, or several at once, continue; what record.json holds is not run
+again. record.json collects the rows: for each run the share of held-out problems that it and its start solve, and the
+paired differences with 95 % intervals. Policies are measured greedily, by ten beams, and by ten samples."""
 import argparse
 import json
 import os
@@ -33,6 +33,7 @@ from bgrpo_nb.solve.evaluation import bootstrap, evaluate
 
 RECORD, OUT = Path(__file__).parent / "record.json", Path("runs/reinforcement")
 LEVELS = (5, 20, 40, 60, 80, 93) # per cent solved greedily, of the starts of the map
+TUNED = (20, 93)                 # those at which learning rates are tried; the others take the rate of the nearest
 NINE = tuple(f"{outer}_{inner}" for outer in (2, 3, 4) for inner in (2, 3, 4))
 
 
@@ -66,7 +67,7 @@ class Task:
 
 THREE_TWO = Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ", seconds=150)
 TASKS = {
-    "map": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, seconds=60),
+    "map": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, seconds=150),
     "small": Task(("2_4", "3_4", "4_3", "4_4"), dict.fromkeys(NINE, 200) | {"2_4": 600, "3_4": 600, "4_4": 1000},
                   {"2_4": 100, "3_4": 100, "4_4": 200}, validated=2000),
     "multivariate": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, kind="multivariate"),
@@ -87,11 +88,11 @@ class Arm:
 
 BEAMS = dict(lr_scheduler_type="linear", warmup_steps=8)
 LABELS = dict(lr_scheduler_type="linear", lr_scheduler_kwargs={}, warmup_steps=10, per_device_train_batch_size=128)
-LOW, MIDDLE, HIGH = (1e-5, 3e-5, 1e-4), (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)
-BY_REWARD = {"map": MIDDLE, "tiny": HIGH, "small": LOW, "multivariate": LOW}
+LOW, HIGH = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
+BY_REWARD = {"map": (5e-5, 2e-4), "tiny": HIGH, "small": LOW, "multivariate": LOW}
 NOT_THE_MAP = {part: rates for part, rates in BY_REWARD.items() if part != "map"}
 GOOD_STARTS = {"small": LOW, "multivariate": LOW}
-BY_LABEL = {"map": (2e-4, 6e-4, 2e-3), "tiny": (2e-4, 6e-4, 2e-3), "small": (1e-4, 3e-4, 1e-3),
+BY_LABEL = {"map": (3e-4, 1e-3), "tiny": (2e-4, 6e-4, 2e-3), "small": (1e-4, 3e-4, 1e-3),
             "multivariate": (1e-4, 3e-4, 1e-3)}
 SIXTEEN, FOUR = dict(num_generations=16, prompts_per_step=32), dict(num_generations=4, prompts_per_step=128)
 ARMS = {arm.name: arm for arm in (
@@ -235,17 +236,17 @@ def measurements(part: str, start: str, policy: str) -> dict:
     return dict(**together, greedy_by_degree=by_degree)
 
 
-DECAYS = [(step, 60) for step in range(50, 1250, 50)] + [(1200, 240), (1200, 720)] # from which step, how many steps
+DECAYS = [(step, 60) for step in range(50, 650, 50)] + [(600, 240), (600, 720)] # from which step, how many steps
 
 
 def train_starts():
     "Policies of every strength on 2∘2: parts of one supervised run, each with a decay of its learning rate"
     parent = OUT / "starts/run"
     common = dict(degrees=["2_2"], per_device_train_batch_size=64, eval_strategy="no", report_to="none", use_cpu=True,
-                  disable_tqdm=True, held_out=64)
+                  disable_tqdm=True, held_out=64, vocabulary="compact")
     if not (parent / "result.json").exists():
         if parent.exists(): shutil.rmtree(parent)        # of a process that was killed
-        train_policy(SupervisedConfig(output_dir=str(parent), max_steps=1200, learning_rate=2e-3, warmup_steps=50,
+        train_policy(SupervisedConfig(output_dir=str(parent), max_steps=600, learning_rate=2e-3, warmup_steps=50,
                                       lr_scheduler_type="constant_with_warmup", lr_scheduler_kwargs={}, seed=5,
                                       save_steps=50, save_total_limit=30, **common))
     found = {}
@@ -280,19 +281,23 @@ def all_rows(part: str, runs: list, measured: bool) -> list[dict]: # runs: (star
         time.sleep(5)
 
 
+def starts_of(part: str) -> dict: # policy -> per cent solved greedily, about
+    if part != "map": return {STARTS.get(part, part): 0}
+    chosen = json.loads((OUT / "starts/chosen.json").read_text())
+    return {str(OUT / f"starts/{found['name']}/policy"): int(level) for level, found in chosen.items()}
+
+
 def run_part(part: str, seeds: list[int], arms: list[Arm]):
     "Every rate with the first seed, then the rate that is best on the validation problems with all seeds"
-    starts = [STARTS.get(part, part)]
-    if part == "map":
-        chosen = json.loads((OUT / "starts/chosen.json").read_text())
-        starts = [str(OUT / f"starts/{found['name']}/policy") for found in chosen.values()]
-    pairs = [(start, arm) for start in starts for arm in arms if part in arm.rates]
-    rows = all_rows(part, [(start, arm, rate, seeds[0]) for start, arm in pairs for rate in arm.rates[part]], False)
-    best = {}
-    for row in rows:
-        key = row["start"], row["arm"]
-        if key not in best or row["validation"] > best[key]["validation"]: best[key] = row
-    chosen = [(start, arm, best[name_of(start), arm.name]["rate"]) for start, arm in pairs]
+    starts, arms = starts_of(part), [arm for arm in arms if part in arm.rates]
+    tuned = [start for start, level in starts.items() if part != "map" or level in TUNED]
+    rows = all_rows(part, [(start, arm, rate, seeds[0]) for start in tuned for arm in arms for rate in arm.rates[part]],
+                    False)
+    def best_rate(start, arm):
+        nearest = min(tuned, key=lambda other: abs(starts[other] - starts[start]))
+        tried = [row for row in rows if (row["start"], row["arm"]) == (name_of(nearest), arm.name)]
+        return max(tried, key=lambda row: row["validation"])["rate"]
+    chosen = [(start, arm, best_rate(start, arm)) for start in starts for arm in arms]
     all_rows(part, [(*run, seed) for seed in seeds for run in chosen], True)
 
 
