@@ -1322,6 +1322,8 @@ d = {
     ('validation.html#_parts', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation._value':
     ('validation.html#_value', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.advice_for_start':
+    ('validation.html#advice_for_start', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.can_load_best':
     ('validation.html#can_load_best', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.changes':

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,16 @@ def test_known_problems_are_never_trained_on():
     keys = {polynomial_key(p.expanded) for p in found}
     assert len(keys) == 60 and not keys & taken
     assert not keys & {polynomial_key(p.expanded) for p in [*train, *held_out]}
+
+
+def test_a_good_start_is_warned_before_its_first_step(tmp_path):
+    good = dict(degrees="2_2", max_completion_length=30, max_steps=1, known_problems=0)
+    with pytest.warns(UserWarning, match="the start solves .* greedily.*--baseline minimum_risk"):
+        run("tiny", tmp_path / "good", **good)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the start solves")
+        run("tiny", tmp_path / "careful", **good, baseline="minimum_risk")
+        run("tiny", tmp_path / "weak", max_steps=1, known_problems=0)
 
 
 @pytest.mark.parametrize("more,says", [
