@@ -67,6 +67,8 @@ Folders and modules, from the ground up:
   completions, the same loss.
 - `learn.finite`: A training stops at the first loss, gradient or weight that is not finite; the last good
   checkpoint stays.
+- `learn.gradients`: Log-probabilities over each group's trie, gradients where they are not zero, and fewer rows at
+  once where memory ends.
 - `learn.group_rewards`: What depends on all completions of a prompt: right answers, bonus, balance, baselines, and
   metrics by rank.
 - `learn.optimizer_warmup`: Adam sees a few batches before it takes its first step, so that its first steps are no

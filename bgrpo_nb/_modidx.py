@@ -491,6 +491,40 @@ d = {
    'bgrpo_nb.learn.finite._largest':
     ('finite.html#_largest', 'bgrpo_nb/learn/finite.py'),
   },
+  'bgrpo_nb.learn.gradients': {
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer':
+    ('gradients.html#triegradientstrainer', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer.__init__':
+    ('gradients.html#triegradientstrainer.__init__', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._can_share':
+    ('gradients.html#triegradientstrainer._can_share', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._cannot_repeat':
+    ('gradients.html#triegradientstrainer._cannot_repeat', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._compute_loss':
+    ('gradients.html#triegradientstrainer._compute_loss', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._get_per_token_logps_and_entropies':
+    ('gradients.html#triegradientstrainer._get_per_token_logps_and_entropies', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._halve':
+    ('gradients.html#triegradientstrainer._halve', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._hand_back_memory':
+    ('gradients.html#triegradientstrainer._hand_back_memory', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._logps':
+    ('gradients.html#triegradientstrainer._logps', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._next_micro_batch':
+    ('gradients.html#triegradientstrainer._next_micro_batch', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._note_token_ratio':
+    ('gradients.html#triegradientstrainer._note_token_ratio', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._over_the_trie':
+    ('gradients.html#triegradientstrainer._over_the_trie', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._prepare_inputs':
+    ('gradients.html#triegradientstrainer._prepare_inputs', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._renormalizing':
+    ('gradients.html#triegradientstrainer._renormalizing', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer._rows_that_teach':
+    ('gradients.html#triegradientstrainer._rows_that_teach', 'bgrpo_nb/learn/gradients.py'),
+   'bgrpo_nb.learn.gradients.TrieGradientsTrainer.training_step':
+    ('gradients.html#triegradientstrainer.training_step', 'bgrpo_nb/learn/gradients.py'),
+  },
   'bgrpo_nb.learn.group_rewards': {
    'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer':
     ('group_rewards.html#grouprewardstrainer', 'bgrpo_nb/learn/group_rewards.py'),
@@ -640,50 +674,22 @@ d = {
     ('trainer.html#bgrpotrainer', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.__init__':
     ('trainer.html#bgrpotrainer.__init__', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._can_share':
-    ('trainer.html#bgrpotrainer._can_share', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._cannot_repeat':
-    ('trainer.html#bgrpotrainer._cannot_repeat', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._check_prompts':
     ('trainer.html#bgrpotrainer._check_prompts', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._compute_loss':
-    ('trainer.html#bgrpotrainer._compute_loss', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._first_prompt':
     ('trainer.html#bgrpotrainer._first_prompt', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._generate':
     ('trainer.html#bgrpotrainer._generate', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._get_per_token_logps_and_entropies':
-    ('trainer.html#bgrpotrainer._get_per_token_logps_and_entropies', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._halve':
-    ('trainer.html#bgrpotrainer._halve', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._hand_back_memory':
-    ('trainer.html#bgrpotrainer._hand_back_memory', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._logps':
-    ('trainer.html#bgrpotrainer._logps', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._mask_of_empty':
     ('trainer.html#bgrpotrainer._mask_of_empty', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._next_micro_batch':
-    ('trainer.html#bgrpotrainer._next_micro_batch', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._note_token_ratio':
-    ('trainer.html#bgrpotrainer._note_token_ratio', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._obey':
     ('trainer.html#bgrpotrainer._obey', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._over_the_trie':
-    ('trainer.html#bgrpotrainer._over_the_trie', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._prepare_inputs':
-    ('trainer.html#bgrpotrainer._prepare_inputs', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._renormalizing':
-    ('trainer.html#bgrpotrainer._renormalizing', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer._roll_out':
     ('trainer.html#bgrpotrainer._roll_out', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer._rows_that_teach':
-    ('trainer.html#bgrpotrainer._rows_that_teach', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.evaluate':
     ('trainer.html#bgrpotrainer.evaluate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.BGRPOTrainer.identity':
     ('trainer.html#bgrpotrainer.identity', 'bgrpo_nb/learn/trainer.py'),
-   'bgrpo_nb.learn.trainer.BGRPOTrainer.training_step':
-    ('trainer.html#bgrpotrainer.training_step', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._check_loaded':
     ('trainer.html#_check_loaded', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._dropout_off':

@@ -16,10 +16,12 @@ UNKNOWN = { # what a floor knows nothing of
     "search": {"trl", "bgrpo_nb.algebra"},
     "policy": {"trl", "bgrpo_nb.algebra"},
     "learn": {"bgrpo_nb.algebra"},
-    "solve": {"trl", "bgrpo_nb.learn.trainer", "bgrpo_nb.learn.trl_batching", "bgrpo_nb.learn.trie"},
-    "recommend": {"trl", "bgrpo_nb.algebra", "bgrpo_nb.solve", "bgrpo_nb.learn.trainer"},
+    "solve": {"trl", "bgrpo_nb.learn.trainer", "bgrpo_nb.learn.gradients", "bgrpo_nb.learn.trl_batching",
+              "bgrpo_nb.learn.trie"},
+    "recommend": {"trl", "bgrpo_nb.algebra", "bgrpo_nb.solve", "bgrpo_nb.learn.trainer", "bgrpo_nb.learn.gradients"},
     "study": {"trl", "bgrpo_nb.recipes", "bgrpo_nb.learn", "bgrpo_nb.search"},
-    "show": {"trl", "bgrpo_nb.learn.trainer", "bgrpo_nb.recipes", "bgrpo_nb.study.sweeps", "bgrpo_nb.study.trials"},
+    "show": {"trl", "bgrpo_nb.learn.trainer", "bgrpo_nb.learn.gradients", "bgrpo_nb.recipes", "bgrpo_nb.study.sweeps",
+             "bgrpo_nb.study.trials"},
 }
 MODULES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 INITS = sorted(p for p in PACKAGE.glob("*/__init__.py"))

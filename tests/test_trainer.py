@@ -32,7 +32,7 @@ from bgrpo_nb.solve.decomposition_reward import decomposition_reward
 from bgrpo_nb.base.run_folder import read_metrics
 from bgrpo_nb.learn.arguments import check_checkpointing
 from bgrpo_nb.learn.config import BGRPOConfig
-from bgrpo_nb.learn import trainer as trainer_module
+from bgrpo_nb.learn import gradients
 from bgrpo_nb.learn.trainer import BGRPOTrainer
 from bgrpo_nb.recipes.train import TrainConfig, choose_problems, train_bgrpo
 from bgrpo_nb.recipes.validation import Validator
@@ -181,8 +181,8 @@ def test_groups_without_an_advantage_cost_no_gradient_and_change_nothing(tmp_pat
     if kind == "tokens": inputs["advantages"] = inputs["advantages"][:, None] * inputs["completion_mask"]
     inputs["advantages"] = inputs["advantages"].clone()
     inputs["advantages"][off] = 0
-    inner = trainer_module.trie_logps
-    monkeypatch.setattr(trainer_module, "trie_logps", lambda model, ids, *more: (
+    inner = gradients.trie_logps
+    monkeypatch.setattr(gradients, "trie_logps", lambda model, ids, *more: (
         forwards.append((len(ids), torch.is_grad_enabled())), inner(model, ids, *more))[1])
 
     def measured():
@@ -297,7 +297,7 @@ def test_a_reference_policy_is_forwarded_over_the_trie_too(saved, tmp_path):
 @pytest.mark.parametrize("every, times", [(None, 0), (2, 1), (1, 2)])
 def test_freed_memory_goes_back_before_each_forward_where_it_is_asked_for(tmp_path, monkeypatch, every, times):
     handed_back = []
-    monkeypatch.setattr("bgrpo_nb.learn.trainer.hand_back_memory", lambda: handed_back.append(1))
+    monkeypatch.setattr("bgrpo_nb.learn.gradients.hand_back_memory", lambda: handed_back.append(1))
     model = new_model("tiny", **SMALL)
     BGRPOTrainer(model, by_length([]), settings(tmp_path, torch_empty_cache_steps=every), prompts(), processing_class=load_tokenizer("single")).train()
     assert len(handed_back) == times                           # two steps of one forward each

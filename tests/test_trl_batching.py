@@ -146,7 +146,7 @@ def test_groups_are_shuffled_whole(sizes):
 
 
 def test_trl_still_has_what_the_trainer_builds_on():
-    "Names and parameters of TRL that BGRPOTrainer overrides or calls; a change here means: read 09_trainer again"
+    "Names and parameters of TRL that BGRPOTrainer overrides or calls; a change here means: read 08k_gradients and 09_trainer again"
     import inspect
 
     from trl import GRPOTrainer

@@ -10,5 +10,6 @@
 - `finite`: a training that stops before a NaN reaches weights or checkpoints (`FiniteTrainer`, `NotFinite`)
 - `exact_resume`: a GRPO training that continues exactly after an interruption (`ResumableGRPOTrainer`)
 - `group_rewards`: what depends on all completions of a prompt (`GroupRewardsTrainer`)
+- `gradients`: log-probabilities and gradients of a step over tries, in parts where memory ends (`TrieGradientsTrainer`)
 - `trainer`: GRPO whose group is the beams of a search (`BGRPOConfig`, `BGRPOTrainer`)
 """

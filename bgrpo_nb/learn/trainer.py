@@ -20,22 +20,10 @@ member of the group with its rank and score (see TRL batching).
 `constraint` says what completions may be: a grammar or any rule, a set of sequences, or a function that makes a
 set for each prompt. Searches, samples and log-probabilities obey it.
 
-## Log-probabilities
+## Log-probabilities and gradients
 
-TRL asks one method for the log-probabilities of the policy, the old policy and the reference policy. Here this
-method forwards the trie of the rows. What a trie cannot serve (images, a router's auxiliary loss, models without a
-tree) is forwarded in full rows by TRL's own code.
-
-## Groups that teach nothing
-
-A group whose advantages are all 0 has no gradient: nothing in it is right, or `violations` finds the right beam on
-top. Such groups are forwarded without gradients, for the metrics alone, at about a third of the cost. With
-`baseline="violations"` and a policy that is good already this is most of a batch.
-
-## Micro-batches
-
-TRL shuffles rows before it cuts a generation batch into micro-batches. Here groups are shuffled, so that a group
-stays together and shares its trie.
+`TrieGradientsTrainer` (08k) keeps groups together in micro-batches, forwards them as tries, and leaves out the
+gradients of groups that teach nothing. A step that does not fit in memory is repeated with fewer rows at once.
 
 ## Validation
 
@@ -94,34 +82,28 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from fastcore.basics import patch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import split_tensor_dict
 
 # %% ../../nbs/09_trainer.ipynb #59b4c378
-from ..base.processes import hand_back_memory
 from .arguments import (
     arguments_by_name, check_arguments, check_checkpointing, check_constraint, check_evaluator, check_found,
     check_reference, check_rollout, check_tokenizer, check_turns, datasets_of, longest_prompt, numbered,
     rewards_with_setting, steady)
 from .config import BGRPOConfig
+from .gradients import TrieGradientsTrainer
 from .group_rewards import GroupRewardsTrainer
 from .optimizer_warmup import OptimizerWarmupTrainer
-from .trie import row_logps, token_ratio, trie_logps
-from .trl_batching import (
-    Completion, constraint_of, group_order, positions_from_mask, roll_out, share_groups)
+from .trl_batching import Completion, constraint_of, positions_from_mask, roll_out, share_groups
 from .weight_averages import AveragingTrainer
 from ..policy.loading import load_model
 from ..policy.model import load_tokenizer
-from ..search.beam_tree import why_no_tree
 from ..search.captured import release_graphs
 from ..search.constraints import Constraint
 from ..search.generation import check_length
 from ..search.generation_settings import INSTEAD
-from ..search.memory import AddedOnce, halved, in_parts, is_out_of_memory
 
 # %% ../../nbs/09_trainer.ipynb #a325a197
-class BGRPOTrainer(AveragingTrainer, OptimizerWarmupTrainer, GroupRewardsTrainer):
+class BGRPOTrainer(TrieGradientsTrainer, AveragingTrainer, OptimizerWarmupTrainer, GroupRewardsTrainer):
     "GRPO whose group is the ranked beams of a beam search (arXiv:2508.15766)"
     _tag_names, _name = ["trl", "grpo", "bgrpo"], "BGRPO"
     identified_by = "constraint"                   # what a checkpoint must agree in
@@ -152,9 +134,7 @@ class BGRPOTrainer(AveragingTrainer, OptimizerWarmupTrainer, GroupRewardsTrainer
         check_tokenizer(model, processing_class)
         check_reference(model, args.beta, kwargs.get("peft_config"))
         reward_funcs = rewards_with_setting(reward_funcs, args.reward, args.rollout, args.balance_rewards)
-        self.evaluator, self._warned, self._teaching = evaluator, False, None
-        self.constraint, self._first_set = None, None
-        self._fit, self._prepared = {}, None
+        self.evaluator = evaluator
         if evaluator and eval_dataset is None: eval_dataset = Dataset.from_dict({"prompt": [""]})       # never read
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
@@ -312,162 +292,6 @@ def _generate(self: BGRPOTrainer, prompts):
     for name in ("mean", "min", "max"):
         metrics[f"completions/{name}_terminated_length"][-1] = metrics[f"completions/{name}_length"][-1]
     return found
-
-# %% ../../nbs/09_trainer.ipynb #8c60ae50
-@patch
-def _can_share(self: BGRPOTrainer, model, width, compute_aux_loss, multimodal) -> bool:
-    "Whether rows may be forwarded as a trie; one warning where the model does not allow it"
-    if not self.args.share_prefixes: return False
-    other = compute_aux_loss or any(v is not None for v in multimodal.values())
-    reason = "images and auxiliary losses need rows" if other else \
-        why_no_tree(self.accelerator.unwrap_model(model), width)
-    asked = self.args.trie_attention
-    if reason and asked != "auto":
-        raise ValueError(f"trie_attention={asked!r} cannot be used where rows are forwarded in full; use 'auto' "
-                         f"({reason})")
-    if reason and not (other or self._warned):
-        warnings.warn(f"every row is forwarded in full, which is slower: {reason}")
-        self._warned = True
-    return reason is None
-
-@patch
-def _get_per_token_logps_and_entropies(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep,
-                                       batch_size=None, compute_entropy=False, compute_aux_loss=False, **multimodal):
-    "Per-token log-probabilities and entropies (N, C), of as many rows at once as memory suffices for"
-    self._hand_back_memory()
-    if self._filled is not None: # of these rows
-        attention_mask = attention_mask.clone()
-        attention_mask[~self._filled, -logits_to_keep:] = 0
-    if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
-        self._note_token_ratio(input_ids, attention_mask, logits_to_keep)
-    more = dict(batch_size=batch_size, compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **multimodal)
-    one_call = compute_aux_loss or self.accelerator.num_processes > 1 or any(v is not None for v in multimodal.values())
-    def some(rows):
-        rows = slice(None) if one_call else rows
-        teaching = None if self._teaching is None else self._teaching[rows]
-        given = model, input_ids[rows], attention_mask[rows], logits_to_keep, teaching
-        if "rows" not in self._fit or not torch.is_grad_enabled(): return self._logps(*given, **more)
-        return checkpoint(self._logps, *given, use_reentrant=False, **more) # a part's activations at a time
-    found = in_parts(some, 1 if one_call else len(input_ids), "micro-batches" if one_call else "rows", *_LOWER,
-                     limits={} if one_call else self._fit, key="rows")
-    return found[0] if len(found) == 1 else tuple(None if x[0] is None else torch.cat(x) for x in zip(*found))
-
-_LOWER = "per_device_train_batch_size", "per_device_train_batch_size, or the lengths of prompts and completions"
-
-@patch
-def _logps(self: BGRPOTrainer, model, input_ids, attention_mask, logits_to_keep, teaching, batch_size, compute_entropy,
-           compute_aux_loss, **multimodal):
-    "Over the trie of the rows where that is possible"
-    rows = (model, input_ids, attention_mask, logits_to_keep, self.temperature, compute_entropy)
-    with self.accelerator.autocast():
-        if self._can_share(model, input_ids.shape[1], compute_aux_loss, multimodal):
-            return *self._over_the_trie(teaching, *rows), None
-        if self._renormalizing() is not None: return *row_logps(*rows, self._renormalizing(), batch_size), None
-    in_full_rows = super(BGRPOTrainer, self)._get_per_token_logps_and_entropies
-    return in_full_rows(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
-                        compute_aux_loss, **multimodal)
-
-@patch
-def _note_token_ratio(self: BGRPOTrainer, *rows):
-    "A metric of each forward with gradients"
-    if torch.is_grad_enabled() and self.model.training:
-        self._metrics["train"]["trie/token_ratio"].append(token_ratio(*rows))
-
-@patch
-def _renormalizing(self: BGRPOTrainer): # the constraint, if it changes log-probabilities
-    return self.constraint if self._first_set is not None and self._first_set.renormalize else None
-
-@patch
-def _hand_back_memory(self: BGRPOTrainer):
-    "On a CPU: freed memory goes back to the system at every torch_empty_cache_steps-th step"
-    every = self.args.torch_empty_cache_steps
-    on_cpu = self.args.device.type == "cpu"
-    if every and on_cpu and self.state.global_step % every == 0: hand_back_memory()
-
-# %% ../../nbs/09_trainer.ipynb #09sil002
-@patch
-def _rows_that_teach(self: BGRPOTrainer, inputs) -> Tensor | None: # (N,) bool; None: all, since all have a gradient
-    "Rows of prompts that have a completion with an advantage"
-    shards = self.is_fsdp_enabled or self.is_deepspeed_enabled          # each process then needs as many forwards
-    if self.beta or self.aux_loss_enabled or shards or not self.args.share_prefixes: return None
-    pushed = inputs["advantages"].flatten(1).any(1) if inputs["advantages"].ndim > 1 else inputs["advantages"] != 0
-    prompt = torch.cat([inputs["prompt_ids"], inputs["prompt_mask"]], dim=1).unique(dim=0, return_inverse=True)[1]
-    teaches = torch.isin(prompt, prompt[pushed])
-    return teaches if teaches.any() and not teaches.all() else None
-
-@patch
-def _compute_loss(self: BGRPOTrainer, model, inputs):
-    "TRL's, which asks for log-probabilities of these rows"
-    if self.constraint is not None and "tool_mask" in inputs: self._filled = inputs["tool_mask"][:, 0] > 0
-    self._teaching = self._rows_that_teach(inputs)
-    try: return super(BGRPOTrainer, self)._compute_loss(model, inputs)
-    finally: self._filled = self._teaching = None
-
-@patch
-def _over_the_trie(self: BGRPOTrainer, teaching, model, input_ids, attention_mask, *more):
-    "(N, C) log-probabilities and entropies; of rows that teach nothing without gradients"
-    def of(rows):
-        return trie_logps(model, input_ids[rows], attention_mask[rows], *more, self.args.trie_elements,
-                          self._renormalizing(), self.args.trie_attention)
-    if teaching is None or teaching.all(): return of(slice(None))
-    with torch.no_grad(): silent = of(~teaching)
-    if not teaching.any(): return silent
-    order = torch.cat([teaching.nonzero(), (~teaching).nonzero()])[:, 0].argsort()
-    return tuple(torch.cat(parts)[order] for parts in zip(of(teaching), silent))
-
-# %% ../../nbs/09_trainer.ipynb #68915476
-@patch
-def _prepare_inputs(self: BGRPOTrainer, generation_batch):
-    "The next micro-batch; a second try of a step gets the same one"
-    if self._prepared is None or not self.model.training: return self._next_micro_batch(generation_batch)
-    if not self._prepared:
-        found = self._next_micro_batch(generation_batch)
-        self._prepared = found, {name: len(values) for name, values in self._metrics["train"].items()}
-    return self._prepared[0]
-
-@patch
-def _next_micro_batch(self: BGRPOTrainer, generation_batch):
-    "Generates where the buffer is used up"
-    if not self.model.training or not self.args.share_prefixes:
-        return super(BGRPOTrainer, self)._prepare_inputs(generation_batch)
-    micro_batches = self.args.steps_per_generation
-    used_up = self._step % (micro_batches * self.num_iterations) == 0
-    if used_up or self._buffered_inputs is None:
-        batch = self._generate_and_score_completions(generation_batch)
-        order = group_order(batch["prompt_ids"], batch["prompt_mask"])
-        def by_row(value): return isinstance(value, Tensor) and value.ndim
-        batch = {name: value[order] if by_row(value) else value for name, value in batch.items()}
-        self._buffered_inputs = split_tensor_dict(batch, micro_batches)
-    return self._buffered_inputs[self._step % micro_batches]
-
-# %% ../../nbs/09_trainer.ipynb #09oom002
-@patch
-def training_step(self: BGRPOTrainer, model, inputs, num_items_in_batch=None):
-    "TRL's; where memory does not suffice, again with fewer rows at once"
-    self._prepared = ()                                            # by `_prepare_inputs`: the micro-batch
-    try:
-        with AddedOnce(self.model.parameters()) as gradients:
-            while True:
-                try: return super(BGRPOTrainer, self).training_step(model, inputs, num_items_in_batch)
-                except RuntimeError as e:
-                    if not is_out_of_memory(e) or not self._prepared or self._cannot_repeat(): raise
-                    failed = str(e)
-                self._halve(gradients, failed)
-    finally: self._prepared = None
-
-@patch
-def _halve(self: BGRPOTrainer, gradients: AddedOnce, failed: str):
-    "As if the step had not been tried, with half of its rows at once"
-    gradients.set_aside()
-    batch, lengths = self._prepared
-    for name, values in self._metrics["train"].items(): del values[lengths.get(name, 0):]
-    rows = len(batch["completion_ids"])
-    halved(min(rows, self._fit.get("rows", rows)), self._fit, "rows", "rows", *_LOWER, failed)
-
-@patch
-def _cannot_repeat(self: BGRPOTrainer) -> bool: # others would wait, or a gradient comes in several parts
-    reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-    return self.accelerator.num_processes > 1 or self.args.gradient_checkpointing and reentrant
 
 # %% ../../nbs/09_trainer.ipynb #685cd6f8
 @patch
