@@ -313,8 +313,8 @@ def test_training_over_tries_is_training_over_rows_and_logs_what_it_shares(rollo
 
 
 def test_a_form_that_is_asked_for_is_refused_where_rows_are_forwarded_in_full(tmp_path, monkeypatch):
-    from bgrpo_nb.learn import trainer
-    monkeypatch.setattr(trainer, "why_no_tree", lambda *_: "it has recurrent state")
+    from bgrpo_nb.learn import gradients
+    monkeypatch.setattr(gradients, "why_no_tree", lambda *_: "it has recurrent state")
     with pytest.raises(ValueError, match="trie_attention='dense' cannot be used where .* in full; use 'auto' .it has recurrent"):
         train(tmp_path, dict(trie_attention="dense"), [])
 
