@@ -308,7 +308,8 @@ def collect():
         row = json.loads(file.read_text())
         rows[key_of(row)] = rows.get(key_of(row), {}) | row
     chosen = OUT / "starts/chosen.json"
-    starts = json.loads(chosen.read_text()) if chosen.exists() else json.loads(RECORD.read_text())["starts"]
+    before = json.loads(RECORD.read_text())["starts"] if RECORD.exists() else {}
+    starts = json.loads(chosen.read_text()) if chosen.exists() else before
     write_json(RECORD, {"starts": starts, "rows": [rows[key] for key in sorted(rows)]})
 
 
