@@ -15,9 +15,9 @@ from bgrpo_nb.search.constraints import Constraint
 from bgrpo_nb.search.decoding import Decoding
 from bgrpo_nb.search.generation import beam_search, greedy, sample
 from bgrpo_nb.solve.grammar import PrefixGrammar
-from test_generation import (  # noqa: F401  (one_thread is a fixture)
-    FAMILIES, GROUPED, MASK, PROMPTS, V, WeightCasts, family, one_thread, padded, under_autocast)
+from test_generation import FAMILIES, GROUPED, MASK, PROMPTS, V, WeightCasts, family, padded, under_autocast
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ENDS = dict(eos_token_id=[1, 4], pad_token_id=0)
 CPU = torch.device("cpu")
 OTHERS = padded([[9, 3], [2, 2, 7, 12, 5, 5, 3, 6]]) # of a like shape

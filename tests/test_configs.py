@@ -62,10 +62,11 @@ def test_a_config_trains_in_both_rollouts(path, here, capsys):
 
 
 def test_every_original_experiment_has_a_config():
-    "And each has settings within the authors' ranges"
+    "And each has settings within the authors' ranges; `nine_degrees` is an experiment of ours"
     assert {p.stem for p in CONFIGS} >= {"basic_validation", "hard_validation", "beam_rank_score", "hard_only",
                                          "hard_mixed", "original"}
     for path in CONFIGS:
+        if path.stem == "nine_degrees": continue
         flags = ["--config", str(path), "--use_cpu", "true"]
         c = read_config(TrainConfig, flags, "bgrpo train")
         assert 1e-5 <= c.learning_rate <= 2e-4 and c.num_beams == 10, path

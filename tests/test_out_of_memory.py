@@ -15,8 +15,9 @@ from bgrpo_nb.search.beam_tree import why_no_tree
 from bgrpo_nb.search.captured import release_graphs
 from bgrpo_nb.search.generation import beam_search, greedy, sample
 from bgrpo_nb.search.memory import AddedOnce, in_parts, is_out_of_memory
-from test_generation import MASK, PROMPTS, family, one_thread, padded  # noqa: F401
+from test_generation import MASK, PROMPTS, family, padded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT_ROWS = padded([[5, 3, 8], [7, 2], [6, 6, 3, 1], [9], [2, 4, 4]])
 HOW = dict(max_new_tokens=9, eos_token_id=[1, 4], pad_token_id=0)
 
