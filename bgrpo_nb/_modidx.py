@@ -190,8 +190,6 @@ d = {
     ('data.html#_canonical_parts', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._check_settings':
     ('data.html#_check_settings', 'bgrpo_nb/algebra/problems.py'),
-   'bgrpo_nb.algebra.problems._check_size':
-    ('data.html#_check_size', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._collect':
     ('data.html#_collect', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._dot_product':

@@ -3,7 +3,7 @@
     python nbs/experiments/reinforcement/record.py [PART ...] [--seeds 0 1 2]
 
 Parts: `starts` trains the policies that the map begins with, `map` continues from each, `small`, `multivariate` and
-`tiny` continue from the bundled ones, `hour` from `tiny` for an hour. Every run of a part has the same CPU seconds for
+`tiny` continue from the bundled ones of these names. Every run of a part has the same CPU seconds for
 its steps. Each arm is tried at several learning rates with the first seed (in the map from two starts alone); the one
 that is best on validation problems is measured, and run again with the other seeds. What is done is kept in
 runs/reinforcement, one folder a run, so a second call, or several at once, continue; what record.json holds is not run
@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
@@ -31,6 +31,7 @@ from bgrpo_nb.recipes.train import TrainConfig, train_bgrpo
 from bgrpo_nb.solve.beam_filter import search_problems
 from bgrpo_nb.solve.evaluation import bootstrap, evaluate
 
+PARTS = ["starts", "map", "tiny", "small", "multivariate"]
 RECORD, OUT = Path(__file__).parent / "record.json", Path("runs/reinforcement")
 LEVELS = (5, 20, 40, 60, 80, 93) # per cent solved greedily, of the starts of the map
 TUNED = (20, 93)                 # those at which learning rates are tried; the others take the rate of the nearest
@@ -65,16 +66,13 @@ class Task:
         return generate_problems(n, outer, inner, seed=seed, canonical=True)
 
 
-THREE_TWO = Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ", seconds=150)
 TASKS = {
     "map": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, seconds=150),
     "small": Task(("2_4", "3_4", "4_3", "4_4"), dict.fromkeys(NINE, 200) | {"2_4": 600, "3_4": 600, "4_4": 1000},
                   {"2_4": 100, "3_4": 100, "4_4": 200}, validated=2000),
     "multivariate": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, kind="multivariate"),
-    "tiny": THREE_TWO,
-    "hour": replace(THREE_TWO, seconds=3600),
+    "tiny": Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ", seconds=150),
 }
-STARTS = {"hour": "tiny"}                         # other parts have the name of their start
 
 
 @dataclass(frozen=True)
@@ -282,7 +280,7 @@ def all_rows(part: str, runs: list, measured: bool) -> list[dict]: # runs: (star
 
 
 def starts_of(part: str) -> dict: # policy -> per cent solved greedily, about
-    if part != "map": return {STARTS.get(part, part): 0}
+    if part != "map": return {part: 0}
     chosen = json.loads((OUT / "starts/chosen.json").read_text())
     return {str(OUT / f"starts/{found['name']}/policy"): int(level) for level, found in chosen.items()}
 
@@ -290,6 +288,7 @@ def starts_of(part: str) -> dict: # policy -> per cent solved greedily, about
 def run_part(part: str, seeds: list[int], arms: list[Arm]):
     "Every rate with the first seed, then the rate that is best on the validation problems with all seeds"
     starts, arms = starts_of(part), [arm for arm in arms if part in arm.rates]
+    if not arms: raise SystemExit(f"none of these arms is run in {part}; leave --arms out")
     tuned = [start for start, level in starts.items() if part != "map" or level in TUNED]
     rows = all_rows(part, [(start, arm, rate, seeds[0]) for start in tuned for arm in arms for rate in arm.rates[part]],
                     False)
@@ -315,10 +314,12 @@ def collect():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["starts", "map", "tiny", "small", "multivariate", "hour"])
+    parser.add_argument("parts", nargs="*", default=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     asked = parser.parse_args()
+    unknown = set(asked.parts) - {*PARTS, "collect"}
+    if unknown: parser.error(f"no part is called {', '.join(sorted(unknown))}; use {', '.join(PARTS)}, collect")
     torch.set_num_threads(1)
     for part in asked.parts:
         if part == "starts": train_starts()
