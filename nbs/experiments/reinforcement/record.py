@@ -46,7 +46,7 @@ class Task:
     searched: dict          # degrees -> the first of them that are also answered by ten beams and ten samples
     domain: str = "ZZ"
     kind: str = "univariate"
-    seconds: int = 400      # CPU seconds of the steps of a run
+    seconds: int = 300      # CPU seconds of the steps of a run
     validated: int = 600    # problems to choose a learning rate by
 
     def problems(self, n: int, seed: int) -> list:
@@ -86,7 +86,7 @@ class Arm:
 
 BEAMS = dict(lr_scheduler_type="linear", warmup_steps=8)
 LABELS = dict(lr_scheduler_type="linear", lr_scheduler_kwargs={}, warmup_steps=10, per_device_train_batch_size=128)
-LOW, HIGH = (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
+LOW, HIGH = (1e-5, 5e-5, 2e-4), (1e-4, 3e-4, 1e-3)
 BY_REWARD = {"map": (5e-5, 2e-4), "tiny": HIGH, "small": LOW, "multivariate": LOW}
 NOT_THE_MAP = {part: rates for part, rates in BY_REWARD.items() if part != "map"}
 GOOD_STARTS = {"small": LOW, "multivariate": LOW}
