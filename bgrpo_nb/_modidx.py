@@ -418,6 +418,8 @@ d = {
     ('config.html#_rows_of_a_generation_batch', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._wants_bf16':
     ('config.html#_wants_bf16', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config.faults_of_baseline':
+    ('config.html#faults_of_baseline', 'bgrpo_nb/learn/config.py'),
   },
   'bgrpo_nb.learn.exact_resume': {
    'bgrpo_nb.learn.exact_resume.EpochSampler':
@@ -1272,6 +1274,8 @@ d = {
     ('train.html#_measure_nothing', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._named_problems':
     ('train.html#_named_problems', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._of_validation':
+    ('train.html#_of_validation', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._refuse':
     ('train.html#_refuse', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._set_apart':
@@ -1296,6 +1300,8 @@ d = {
     ('validation.html#startandend', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.StartAndEnd.__init__':
     ('validation.html#startandend.__init__', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.StartAndEnd.choose_baseline':
+    ('validation.html#startandend.choose_baseline', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.StartAndEnd.on_evaluate':
     ('validation.html#startandend.on_evaluate', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.StartAndEnd.on_step_end':
@@ -1328,6 +1334,8 @@ d = {
     ('validation.html#_value', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.advice_for_start':
     ('validation.html#advice_for_start', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.baseline_for':
+    ('validation.html#baseline_for', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.can_load_best':
     ('validation.html#can_load_best', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.changes':

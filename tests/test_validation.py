@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from bgrpo_nb.algebra.problems import polynomial_key
@@ -159,14 +160,42 @@ def test_known_problems_are_never_trained_on():
     assert not keys & {polynomial_key(p.expanded) for p in [*train, *held_out]}
 
 
+GOOD = dict(degrees="2_2", max_completion_length=30, known_problems=0)    # `tiny` was trained on these
+
+
 def test_a_good_start_is_warned_before_its_first_step(tmp_path):
-    good = dict(degrees="2_2", max_completion_length=30, max_steps=1, known_problems=0)
     with pytest.warns(UserWarning, match="the start solves .* greedily.*--baseline minimum_risk"):
-        run("tiny", tmp_path / "good", **good)
+        run("tiny", tmp_path / "good", **GOOD | dict(max_steps=1), baseline="mean")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the start solves")
-        run("tiny", tmp_path / "careful", **good, baseline="minimum_risk")
+        run("tiny", tmp_path / "careful", **GOOD | dict(max_steps=1), baseline="minimum_risk")
+        run("tiny", tmp_path / "chosen", **GOOD | dict(max_steps=1))
         run("tiny", tmp_path / "weak", max_steps=1, known_problems=0)
+
+
+def test_a_baseline_that_is_left_out_follows_from_the_start(tmp_path, capsys):
+    plain = GOOD | dict(learning_rate=1e-4, load_best_model_at_end=False)
+    chosen = run("tiny", tmp_path / "chosen", **plain | dict(disable_tqdm=False))
+    named = run("tiny", tmp_path / "named", **plain, baseline="minimum_risk")
+    assert chosen["baseline"] == named["baseline"] == "minimum_risk"
+    assert torch.equal(weights(tmp_path / "chosen/policy"), weights(tmp_path / "named/policy"))
+    assert "baseline=minimum_risk, since the start solves" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "chosen/config.yaml").read_text())["baseline"] is None     # as it was asked for
+    assert run("tiny", tmp_path / "weak", max_steps=1, known_problems=0)["baseline"] == "mean"
+    for more in (dict(rollout="sample"), dict(objective="original"), dict(eval_on_start=False)):
+        result = run("tiny", tmp_path / "-".join(more), **plain | dict(max_steps=1) | more)
+        assert result["baseline"] == "mean"
+
+
+def test_a_run_that_continues_has_the_baseline_that_was_chosen(tmp_path):
+    plain = GOOD | dict(learning_rate=1e-4, load_best_model_at_end=False)
+    run("tiny", tmp_path / "whole", **plain)
+    run("tiny", tmp_path / "parts", **plain | dict(max_steps=2))
+    again = run("tiny", tmp_path / "parts", **plain, resume=True)
+    assert again["baseline"] == "minimum_risk"
+    assert torch.equal(weights(tmp_path / "whole/policy"), weights(tmp_path / "parts/policy"))
+    with pytest.raises(ValueError, match="baseline"):
+        run("tiny", tmp_path / "parts", **plain | dict(max_steps=8), resume=True, baseline="mean")
 
 
 @pytest.mark.parametrize("more,says", [

@@ -54,6 +54,7 @@ def test_offline_by_default_and_all_is_there(policy):
     done = train(policy, "--output_dir=run")
     config, history, files, text = read_back(policy.parent / "run")
     assert config["learning_rate"] == 1e-3 and config["objective"] == "paper" and config["num_generations"] == 4
+    assert config["baseline"] == "mean"        # a start that solves little
     rows = [json.loads(line) for line in (policy.parent / "run/metrics.jsonl").read_text().splitlines()]
     scores = {r["step"]: r["eval_beam_rank_score"] for r in rows if "eval_beam_rank_score" in r}
     logged = {int(h["train/global_step"]): h["eval/beam_rank_score"] for h in history if "eval/beam_rank_score" in h}

@@ -113,6 +113,10 @@ class TrainConfig(BGRPOConfig):
     eval_limit: int | None = setting(None, "only the first of eval_problems")
     known_problems: int | None = setting(
         None, "problems of what the policy was trained on before, measured too; left out: 100 if the policy names it")
+    baseline: str | None = setting(
+        None, "how a reward becomes an advantage: mean (of the group), leave_one_out, right_only, minimum_risk, "
+        "tempered, violations or siblings; left out: minimum_risk where the start solves half of the held-out "
+        "problems greedily, else mean")
     num_beams: int = setting(10, "beam width of the validation and of the beam rank score", low=1, high=10_000)
     wide_beams: int | None = setting(
         None, "a second, wider search of the validation; left out: none", low=1, high=10_000)
@@ -142,7 +146,10 @@ class TrainConfig(BGRPOConfig):
         _refuse(self)
         if self.save_steps is None: self.save_steps = self.eval_steps or 50
         if self.load_best_model_at_end is None: self.load_best_model_at_end = can_load_best(self)
+        left_out = self.baseline is None
+        if left_out: self.baseline = "mean"     # until the start is measured
         super().__post_init__()
+        if left_out: self.baseline = None
 
 def _refuse(c: TrainConfig):
     "ValueError for a setting that cannot work"
@@ -225,19 +232,28 @@ def _train(config, train, validator, tokenizer, model, checkpoint, data) -> dict
     "The steps, the last validation, the files that a finished run has"
     folder, main = Path(config.output_dir), config.process_index == 0
     stop, log = StopCleanly(), RunLog(folder)
-    trainer = _make_trainer(config, model, tokenizer, train, validator, [log, stop, PlotHistory(folder, plot_history)])
+    if validator and checkpoint: validator.start = read_reports(folder, "start")
+    callbacks = [*_of_validation(config, validator), log, stop, PlotHistory(folder, plot_history)]
+    trainer = _make_trainer(config, model, tokenizer, train, validator, callbacks)
     check_space(config, trainer.model)
-    if validator:
-        validator.remember(trainer)
-        if checkpoint: validator.start = read_reports(folder, "start")
+    if validator: validator.remember(trainer)
     with stop: run_steps(trainer, checkpoint)
     finished = not stop.everywhere
     ended = _end(config, trainer, validator, tokenizer) if finished else {}
     result = dict(stopped=stop.everywhere, step=trainer.state.global_step, seconds=log.runtime(), problems=len(train),
-                  held_out=len(validator.sets["held_out"]) if validator else 0, data=data, **ended,
+                  held_out=len(validator.sets["held_out"]) if validator else 0, baseline=config.baseline, data=data,
+                  **ended,
                   **_validations(folder), **provenance(config.seed))
     if finished and main: write_json(folder / "result.json", result)
     return result | dict(reports=[found["held_out"] for found in validator.reports.values()] if validator else [])
+
+def _of_validation(config, validator) -> list[StartAndEnd]: # one, or none
+    "What looks at the start; a baseline that is left out follows from it"
+    left_out, config.baseline = config.baseline is None, config.baseline or "mean"
+    if not validator: return []
+    callback = StartAndEnd(validator, chooses_baseline=left_out)
+    if validator.start: callback.choose_baseline(config, validator.start["held_out"].metrics["greedy_accuracy"])
+    return [callback]
 
 def _end(config, trainer, validator, tokenizer) -> dict: # saved_step, summary, change
     "Save the policy that was chosen, and say what has changed since the start"
@@ -310,7 +326,7 @@ def _make_trainer(config, model, tokenizer, train, validator, callbacks) -> BGRP
     reward = decomposition_reward(tokenizer, config.reward, config.domain, config.allow_trivial, config.canonical_only)
     prompts = Dataset.from_dict({"prompt": [p.prompt for p in train]})
     trainer = _Trainer(model, reward, config, prompts, processing_class=tokenizer, evaluator=validator,
-                       callbacks=[StartAndEnd(validator), *callbacks] if validator else callbacks)
+                       callbacks=callbacks)
     guard_wandb(trainer, WandbPanels(config.output_dir, lambda: _completions_of(trainer)))
     show_progress(trainer, "valid", "reward", "eval_beam_rank_score")
     return trainer

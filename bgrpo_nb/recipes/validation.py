@@ -24,6 +24,12 @@ policy has moved from it, in nats per token.
 The best of those that were measured, the start included. Of equal ones it is the first, so that nothing replaces
 the start without a gain. With `load_best_model_at_end` off, it is the last.
 
+## Which baseline a start needs
+
+The mean of the group teaches a weak start most, and makes a start that solves most problems worse. Minimum risk is
+the other way round. So a run whose `baseline` is left out measures its start, and takes the one that such a start
+needs. A baseline that is named is obeyed, with a warning before the first step where it has done harm.
+
 ## What a run says at its end
 
 One line for each set of problems, and where something fell, what to try. The advice is what recorded experiments
@@ -33,9 +39,9 @@ support."""
 
 # %% auto #0
 __all__ = ['COMPARED', 'KNOWN_SEED', 'SOLVES_MOST', 'HARMFUL', 'CAREFUL', 'ADVICE', 'TITLES', 'Change',
-           'sign_test_interval', 'changes', 'in_one_line', 'of_kind', 'known_problems', 'Validator', 'advice_for_start',
-           'refuse_best', 'can_load_best', 'StartAndEnd', 'saved_step', 'which_policy', 'is_validation', 'reports_of',
-           'write_reports', 'read_reports', 'summary']
+           'sign_test_interval', 'changes', 'in_one_line', 'of_kind', 'known_problems', 'Validator', 'baseline_for',
+           'advice_for_start', 'refuse_best', 'can_load_best', 'StartAndEnd', 'saved_step', 'which_policy',
+           'is_validation', 'reports_of', 'write_reports', 'read_reports', 'summary']
 
 # %% ../../nbs/09c_validation.ipynb #09cval03
 import warnings
@@ -46,11 +52,13 @@ from typing import Iterable, NamedTuple, Sequence
 import torch
 from scipy import stats
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 # %% ../../nbs/09c_validation.ipynb #09cval05
 from ..algebra.problems import (
     Problem, generate_multivariate, generate_on_singlets, generate_problems, read_degrees)
+from ..learn.config import faults_of_baseline
 from ..learn.trainer import whole_model
 from ..search.generation import sample
 from ..solve.beam_filter import answer_tokens, in_batches
@@ -205,10 +213,15 @@ def _as_logged(changed: dict) -> dict: # change and known_change: metric -> {mea
             for name, of_set in changed.items()}
 
 # %% ../../nbs/09c_validation.ipynb #09cval38
-SOLVES_MOST = 0.6 # greedily
+SOLVES_MOST = 0.5 # greedily
 HARMFUL = ("mean", "tempered", "right_only") # baselines that lost, from such a start
 CAREFUL = ("--baseline minimum_risk --num_generations 4 --prompts_per_step 128 --learning_rate 3e-5 "
            "--lr_scheduler_type linear: few beams for each of many problems, weighted by their probability")
+
+def baseline_for(greedy_accuracy: float, config) -> str: # a TrainConfig
+    "What suits a start that solves this share of the held-out problems, where the settings allow it"
+    solves_most = greedy_accuracy >= SOLVES_MOST and config.rollout == "beam"
+    return "minimum_risk" if solves_most and not any(faults_of_baseline(config, "minimum_risk")) else "mean"
 
 def advice_for_start(greedy_accuracy: float, config) -> list[str]: # a sentence, or none
     "What to try instead, where the start is good and the settings have harmed such policies"
@@ -240,15 +253,24 @@ def _value(strategy) -> str: return str(getattr(strategy, "value", strategy))
 
 class StartAndEnd(TrainerCallback):
     "The start is kept and counts as the best so far; the last step is validated whatever eval_steps is"
-    def __init__(self, validator): self.validator = validator
+    def __init__(self, validator, chooses_baseline: bool = False): # by what the start solves
+        self.validator, self.chooses_baseline = validator, chooses_baseline
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.global_step: return
+        solved = metrics["eval_greedy_accuracy"]
+        self.choose_baseline(args, solved)
         if state.is_world_process_zero:
             write_reports(args.output_dir, "start", self.validator.start)
-            for advice in advice_for_start(metrics["eval_greedy_accuracy"], args): warnings.warn(advice)
+            for advice in advice_for_start(solved, args): warnings.warn(advice)
+            if self.chooses_baseline and not args.disable_tqdm:
+                tqdm.write(f"baseline={args.baseline}, since the start solves {solved:.0%} greedily")
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
         if metric: state.best_metric = metrics[f"eval_{metric}"]
+
+    def choose_baseline(self, args, greedy_accuracy: float):
+        "Where it was left out"
+        if self.chooses_baseline: args.baseline = baseline_for(greedy_accuracy, args)
 
     def on_step_end(self, args, state, control, **kwargs):
         is_last = state.global_step >= state.max_steps

@@ -118,6 +118,7 @@ class WandbPanels(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         import wandb
         if not state.is_world_process_zero or wandb.run is None: return
+        wandb.config.update({"baseline": args.baseline}, allow_val_change=True)    # chosen by the first evaluation
         panels = {"train/global_step": state.global_step}
         places = (metrics or {}).get("eval_rank_distribution")
         if places: panels["eval/rank_histogram"] = _histogram(places)
