@@ -74,8 +74,8 @@ study: $(READY)
 	@test -f runs/study/held_out.txt || $(BIN)/bgrpo generate runs/study/held_out.txt --n 150 --degrees 3_2 --canonical --seed 30000
 	@test -f runs/study/pool.txt || $(BIN)/bgrpo generate runs/study/pool.txt --n 1200 --degrees 3_2 --canonical --seed 40000
 	@test -f runs/study/hard.txt || $(BIN)/bgrpo filter --model tiny --problems runs/study/pool.txt --out runs/study/hard.txt
-	@for part in rollout rank lists original longer rates; do $(BIN)/bgrpo sweep configs/sweeps/study_$$part.yaml --workers 2 --output_dir runs/study/$$part $$(test -d runs/study/$$part && echo --resume); done
-	@$(BIN)/bgrpo analyze $(patsubst %,runs/study/%,rollout rank lists original longer rates) --out runs/study/analysis
+	@for part in rollout rank lists credit forms original longer rates; do $(BIN)/bgrpo sweep configs/sweeps/study_$$part.yaml --workers 2 --output_dir runs/study/$$part $$(test -d runs/study/$$part && echo --resume); done
+	@$(BIN)/bgrpo analyze $(patsubst %,runs/study/%,rollout rank lists credit forms original longer rates) --out runs/study/analysis
 	@$(BIN)/python nbs/experiments/study/record.py
 
 $(READY): constraints.txt settings.ini setup.py pyproject.toml

@@ -6,10 +6,13 @@
 - `record.json`: provenance, and the metrics of the policy that every run starts from.
 - `widths.json`: that policy and the last policies of two ways, searched at widths from 1 to 30, each width a search of
   its own: the share of problems solved and, for the widest, the place of the first valid beam of each problem, 0 where
-  there is none."""
+  there is none.
+
+Rows of sweeps that runs/study does not hold stay as they are."""
 import json
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from bgrpo_nb.algebra.problems import read_problems
@@ -20,11 +23,12 @@ from bgrpo_nb.solve.beam_filter import search_problems
 from bgrpo_nb.study.analysis import read_runs
 
 HERE, STUDY = Path(__file__).parent, Path("runs/study")
-SWEEPS = ("rollout", "rank", "lists", "original", "longer", "rates")
+SWEEPS = ("rollout", "rank", "lists", "credit", "forms", "original", "longer", "rates")
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 SEARCHED = ("BGRPO", "GRPO")
 OF_ROLLOUT = {"beam": "BGRPO without rank", "mixed": "half beams, half samples", "sample": "GRPO"}
 OF_BASELINE = {"right_only": "right ones only", "minimum_risk": "minimum risk"}
+STARTS = ("rank", "rollout")    # sweeps whose policies are searched at every width
 
 
 def way_of(sweep, settings):
@@ -33,6 +37,8 @@ def way_of(sweep, settings):
     if sweep == "original": return "BGRPO, original objective"
     if sweep == "longer": return f"GRPO, {settings['max_steps']} steps"
     if sweep == "lists": return f"{OF_BASELINE[settings['baseline']]}, {settings['rollout']}s"
+    if sweep == "credit": return settings["baseline"]
+    if sweep == "forms": return "one form" if settings["canonical_only"] else "credit once"
     way = OF_ROLLOUT[settings["rollout"]]
     return f"{way}, rate {settings['learning_rate']:g}" if sweep == "rates" else way
 
@@ -59,24 +65,42 @@ def describe_trial(row):
             "folder": str(folder.resolve().relative_to(Path.cwd()))}
 
 
-def main():
-    torch.set_num_threads(1)
+def kept(done):
+    "Rows that tidy.csv holds of sweeps which have not been run here"
+    file = HERE / "tidy.csv"
+    if not file.exists(): return pd.DataFrame()
+    rows = pd.read_csv(file)
+    return rows[~rows.sweep.isin(done)]
+
+
+def record_widths(runs):
+    "record.json and widths.json, of the sweeps whose policies are there"
     problems = read_problems(STUDY / "held_out.txt")
-    runs = read_runs(*(STUDY / sweep for sweep in SWEEPS))
     widths = {"start": [search_widths("tiny", problems)]}
-    for i, row in runs.table.iterrows():
-        trial = describe_trial(row)
-        runs.table.loc[i, list(trial)] = list(trial.values())
-        if trial["way"] in SEARCHED:
-            widths.setdefault(trial["way"], []).append(search_widths(Path(row.folder) / "policy", problems))
-        if trial["way"] == "BGRPO":    # the other sweeps do not validate the policy that all begin with
-            start = json.loads((Path(row.folder) / "result.json").read_text())
-    runs.to_csv(HERE / "tidy.csv")
+    for _, row in runs.table.iterrows():
+        policy = Path(row.folder) / "policy"
+        if row.way in SEARCHED: widths.setdefault(row.way, []).append(search_widths(policy, problems))
+        if row.way == "BGRPO":    # the other sweeps do not validate the policy that all begin with
+            start = json.loads((policy.parent / "result.json").read_text())
     (HERE / "widths.json").write_text(json.dumps({"widths": WIDTHS, "ways": widths}) + "\n")
     first = {k: v for k, v in start["first"].items() if k.startswith("eval_")}
     write_json(HERE / "record.json", {
         "command": "make study", "problems": start["problems"], "held_out": start["held_out"], "data": start["data"],
         "start": first, **provenance(None)})
+
+
+def main():
+    torch.set_num_threads(1)
+    done = [sweep for sweep in SWEEPS if (STUDY / sweep).exists()]
+    if not done: raise SystemExit("runs/study holds no sweep of the study; make study runs them")
+    runs = read_runs(*(STUDY / sweep for sweep in done))
+    for i, row in runs.table.iterrows():
+        trial = describe_trial(row)
+        runs.table.loc[i, list(trial)] = list(trial.values())
+    if {*STARTS} <= {*done}: record_widths(runs)
+    before = kept(done)
+    runs.to_csv(HERE / "tidy.csv")
+    pd.concat([before, pd.read_csv(HERE / "tidy.csv")]).to_csv(HERE / "tidy.csv", index=False)
 
 
 if __name__ == "__main__": main()
