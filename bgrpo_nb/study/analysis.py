@@ -42,7 +42,7 @@ counts seeds.
 
 ## A recorded sweep
 
-Eighteen of the 84 runs behind the study, as `make study` recorded them: `tiny` learns degree 3∘2 from groups of
+Eighteen of the 114 runs behind the study, as `make study` recorded them: `tiny` learns degree 3∘2 from groups of
 beams, of samples, and of half beams and half samples, six seeds each. Every right answer has the reward 1,
 whatever its rank; the study calls these ways BGRPO without rank, GRPO, and half beams, half samples.
 

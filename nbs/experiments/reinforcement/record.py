@@ -125,11 +125,12 @@ def continue_from(start: str, task: Task, arm: Arm, rate: float, seed: int, step
     with cpu_clock(seconds):
         if arm.supervised:
             own = dict(degrees=list(task.degrees), kind=task.kind, held_out=len(task.degrees))
-            train_policy(SupervisedConfig(**common | own | arm.settings))
+            result = train_policy(SupervisedConfig(**common | own | arm.settings))
         else:
             own = dict(domain=task.domain, eval_on_start=False, metric_for_best_model=None)
             config = TrainConfig(**common | own | arm.settings)
-            train_bgrpo(config, task.problems(steps * config.prompts_per_step, seed + 1))
+            result = train_bgrpo(config, task.problems(steps * config.prompts_per_step, seed + 1))
+    if result["stopped"]: raise SystemExit("stopped; the same command begins this run again")
     return seconds[0]
 
 

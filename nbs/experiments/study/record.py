@@ -28,6 +28,8 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)
 SEARCHED = ("BGRPO", "GRPO")
 OF_ROLLOUT = {"beam": "BGRPO without rank", "mixed": "half beams, half samples", "sample": "GRPO"}
 OF_BASELINE = {"right_only": "right ones only", "minimum_risk": "minimum risk"}
+SETTINGS = ("rollout", "baseline", "eval_on_start", "eval_steps", "learning_rate", "max_steps", "reward", "save_steps",
+            "warmup_steps", "canonical_only", "credit_once")    # as the sweeps give them
 STARTS = ("rank", "rollout")    # sweeps whose policies are searched at every width
 
 
@@ -58,8 +60,9 @@ def describe_trial(row):
     folder = Path(row.folder)
     sweep = folder.parent.parent.name
     config, metrics = json.loads((folder / "config.json").read_text()), read_metrics(folder / "metrics.jsonl")
-    validating = sum(m.get("eval_seconds", 0) for m in metrics)
-    return {"sweep": sweep, "way": way_of(sweep, config["fixed"] | config["parameters"]),
+    validating, settings = sum(m.get("eval_seconds", 0) for m in metrics), config["fixed"] | config["parameters"]
+    given = {name: str(settings.get(name, "")) for name in SETTINGS}
+    return given | {"sweep": sweep, "way": way_of(sweep, settings),
             "training_seconds": round(row.seconds - validating, 1),
             "tokens": max(m.get("num_tokens", 0) for m in metrics),
             "folder": str(folder.resolve().relative_to(Path.cwd()))}
@@ -69,8 +72,11 @@ def kept(done):
     "Rows that tidy.csv holds of sweeps which have not been run here"
     file = HERE / "tidy.csv"
     if not file.exists(): return pd.DataFrame()
-    rows = pd.read_csv(file)
+    rows = as_written(file)
     return rows[~rows.sweep.isin(done)]
+
+
+def as_written(file): return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 
 def record_widths(runs):
@@ -94,13 +100,16 @@ def main():
     done = [sweep for sweep in SWEEPS if (STUDY / sweep).exists()]
     if not done: raise SystemExit("runs/study holds no sweep of the study; make study runs them")
     runs = read_runs(*(STUDY / sweep for sweep in done))
+    for name in SETTINGS: runs.table[name] = ""    # those that all runs share, too; as text
     for i, row in runs.table.iterrows():
         trial = describe_trial(row)
         runs.table.loc[i, list(trial)] = list(trial.values())
     if {*STARTS} <= {*done}: record_widths(runs)
     before = kept(done)
     runs.to_csv(HERE / "tidy.csv")
-    pd.concat([before, pd.read_csv(HERE / "tidy.csv")]).to_csv(HERE / "tidy.csv", index=False)
+    rows = as_written(HERE / "tidy.csv")
+    rows["run"] = rows.sweep + "/" + rows.folder.map(lambda folder: Path(folder).name)
+    pd.concat([before, rows]).fillna("").to_csv(HERE / "tidy.csv", index=False)
 
 
 if __name__ == "__main__": main()
