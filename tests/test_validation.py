@@ -20,7 +20,7 @@ from bgrpo_nb.recipes import validation
 from bgrpo_nb.recipes.train import TrainConfig, choose_problems, train_bgrpo
 from bgrpo_nb.recipes.validation import known_problems
 from bgrpo_nb.solve.evaluation import ProblemResult, Report
-from bgrpo_nb.study.run_readers import metrics_of
+from bgrpo_nb.study.run_readers import metrics_of, read_folder
 
 RUN = dict(num_problems=24, held_out=8, prompts_per_step=4, num_generations=4, max_steps=6, eval_steps=2, save_steps=2,
            save_total_limit=None, max_completion_length=6, num_beams=4, num_samples=2, warmup_steps=0,
@@ -177,14 +177,15 @@ def test_a_baseline_that_is_left_out_follows_from_the_start(tmp_path, capsys):
     plain = GOOD | dict(learning_rate=1e-4, load_best_model_at_end=False)
     chosen = run("tiny", tmp_path / "chosen", **plain | dict(disable_tqdm=False))
     named = run("tiny", tmp_path / "named", **plain, baseline="minimum_risk")
-    assert chosen["baseline"] == named["baseline"] == "minimum_risk"
+    assert chosen["chosen"] == dict(baseline="minimum_risk") and named["chosen"] == {}
+    assert read_folder(tmp_path / "chosen").parameters["baseline"] == "minimum_risk"     # as the analysis sees it
     assert torch.equal(weights(tmp_path / "chosen/policy"), weights(tmp_path / "named/policy"))
     assert "baseline=minimum_risk, since the start solves" in capsys.readouterr().out
     assert yaml.safe_load((tmp_path / "chosen/config.yaml").read_text())["baseline"] is None     # as it was asked for
-    assert run("tiny", tmp_path / "weak", max_steps=1, known_problems=0)["baseline"] == "mean"
+    assert run("tiny", tmp_path / "weak", max_steps=1, known_problems=0)["chosen"] == dict(baseline="mean")
     for more in (dict(rollout="sample"), dict(objective="original"), dict(eval_on_start=False)):
         result = run("tiny", tmp_path / "-".join(more), **plain | dict(max_steps=1) | more)
-        assert result["baseline"] == "mean"
+        assert result["chosen"] == dict(baseline="mean")
 
 
 def test_a_run_that_continues_has_the_baseline_that_was_chosen(tmp_path):
@@ -192,7 +193,7 @@ def test_a_run_that_continues_has_the_baseline_that_was_chosen(tmp_path):
     run("tiny", tmp_path / "whole", **plain)
     run("tiny", tmp_path / "parts", **plain | dict(max_steps=2))
     again = run("tiny", tmp_path / "parts", **plain, resume=True)
-    assert again["baseline"] == "minimum_risk"
+    assert again["chosen"] == dict(baseline="minimum_risk")
     assert torch.equal(weights(tmp_path / "whole/policy"), weights(tmp_path / "parts/policy"))
     with pytest.raises(ValueError, match="baseline"):
         run("tiny", tmp_path / "parts", **plain | dict(max_steps=8), resume=True, baseline="mean")

@@ -25,7 +25,8 @@ its end which one it is, and whether it got better or worse than the start, beyo
 
 `train_bgrpo(config)` leaves a run folder: `config.yaml`, `metrics.jsonl`, checkpoints, `plots/history.png`,
 `result.json`, `reports/` of the start and of the saved policy, and the policy in `policy/`. All that can be
-refused is refused before anything is computed.
+refused is refused before anything is computed. A `baseline` that is left out is chosen by what the start solves,
+and `result.json` says which one it was (`chosen`).
 
 ## What a run logs
 
@@ -231,7 +232,7 @@ def train_bgrpo(config: TrainConfig,
 def _train(config, train, validator, tokenizer, model, checkpoint, data) -> dict: # as of `train_bgrpo`
     "The steps, the last validation, the files that a finished run has"
     folder, main = Path(config.output_dir), config.process_index == 0
-    stop, log = StopCleanly(), RunLog(folder)
+    stop, log, open_baseline = StopCleanly(), RunLog(folder), config.baseline is None
     if validator and checkpoint: validator.start = read_reports(folder, "start")
     callbacks = [*_of_validation(config, validator), log, stop, PlotHistory(folder, plot_history)]
     trainer = _make_trainer(config, model, tokenizer, train, validator, callbacks)
@@ -241,8 +242,8 @@ def _train(config, train, validator, tokenizer, model, checkpoint, data) -> dict
     finished = not stop.everywhere
     ended = _end(config, trainer, validator, tokenizer) if finished else {}
     result = dict(stopped=stop.everywhere, step=trainer.state.global_step, seconds=log.runtime(), problems=len(train),
-                  held_out=len(validator.sets["held_out"]) if validator else 0, baseline=config.baseline, data=data,
-                  **ended,
+                  held_out=len(validator.sets["held_out"]) if validator else 0, data=data, **ended,
+                  chosen=dict(baseline=config.baseline) if open_baseline else {},
                   **_validations(folder), **provenance(config.seed))
     if finished and main: write_json(folder / "result.json", result)
     return result | dict(reports=[found["held_out"] for found in validator.reports.values()] if validator else [])

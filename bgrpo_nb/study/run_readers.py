@@ -210,6 +210,7 @@ def read_folder(folder,
     trial, result, config = (_load_names(folder / name) for name in ("config.json", "result.json", "config.yaml"))
     state, reason = _ending(folder, result, _load_names(folder / "failure.json"))
     parameters = (trial.get("fixed") or {}) | trial["parameters"] if "parameters" in trial else config
+    parameters = parameters | result.get("chosen", {})  # left out, and chosen by the run
     tried = trial.get("parameters", {})
     seed = _first(trial.get("seed"), tried.get("seed"), result.get("seed"), config.get("seed"))
     return Run(
