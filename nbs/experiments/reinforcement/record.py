@@ -213,10 +213,12 @@ def run_of(part: str, start: str, arm: Arm, rate: float, seed: int, measured: bo
     with claimed(folder.with_name(f"{folder.name}.claim")) as mine:
         if not mine: return None
         file = folder / "row.json"
-        row = json.loads(file.read_text()) if file.exists() else trained(part, start, arm, rate, seed, folder)
-        if measured and "greedy" not in row: row |= measurements(part, start, str(folder / "policy"))
-        write_json(file, row)
-        print(*key_of(row), row["validation"], row.get("greedy"), flush=True)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        row = known or trained(part, start, arm, rate, seed, folder)
+        if measured and "greedy" not in row: row = row | measurements(part, start, str(folder / "policy"))
+        if row != known:
+            write_json(file, row)
+            print(*key_of(row), row["validation"], row.get("greedy"), flush=True)
         return row
 
 
