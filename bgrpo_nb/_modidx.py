@@ -1256,6 +1256,8 @@ d = {
     ('train.html#_trainer.create_model_card', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._check_lengths':
     ('train.html#_check_lengths', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._chosen_before':
+    ('train.html#_chosen_before', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._completions_of':
     ('train.html#_completions_of', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._describe':
@@ -1274,8 +1276,6 @@ d = {
     ('train.html#_measure_nothing', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._named_problems':
     ('train.html#_named_problems', 'bgrpo_nb/recipes/train.py'),
-   'bgrpo_nb.recipes.train._of_validation':
-    ('train.html#_of_validation', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._refuse':
     ('train.html#_refuse', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._set_apart':
@@ -1300,8 +1300,6 @@ d = {
     ('validation.html#startandend', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.StartAndEnd.__init__':
     ('validation.html#startandend.__init__', 'bgrpo_nb/recipes/validation.py'),
-   'bgrpo_nb.recipes.validation.StartAndEnd.choose_baseline':
-    ('validation.html#startandend.choose_baseline', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.StartAndEnd.on_evaluate':
     ('validation.html#startandend.on_evaluate', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.StartAndEnd.on_step_end':

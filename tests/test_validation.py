@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -192,6 +193,7 @@ def test_a_run_that_continues_has_the_baseline_that_was_chosen(tmp_path):
     plain = GOOD | dict(learning_rate=1e-4, load_best_model_at_end=False)
     run("tiny", tmp_path / "whole", **plain)
     run("tiny", tmp_path / "parts", **plain | dict(max_steps=2))
+    shutil.rmtree(tmp_path / "parts/reports")    # lost, and yet the choice stays
     again = run("tiny", tmp_path / "parts", **plain, resume=True)
     assert again["chosen"] == dict(baseline="minimum_risk")
     assert torch.equal(weights(tmp_path / "whole/policy"), weights(tmp_path / "parts/policy"))

@@ -12,12 +12,22 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from browser import open_page
 
 REPO = Path(__file__).parent.parent
 SECONDS = 900   # the machine may be busy
+
+
+def test_each_figure_of_a_notebook_is_shown():
+    drawn = "with use_style() as plt: plt.subplots()[1].plot([1, 2])"
+    cells = ["from bgrpo_nb.base.plotting import use_style", drawn, drawn, drawn]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(nb, timeout=SECONDS).execute()
+    assert ["image/png" in output.data for cell in nb.cells[1:] for output in cell.outputs] == [True] * 3
 
 
 def free_port():

@@ -13,6 +13,7 @@ def use_style():
     "`with use_style() as plt:` figures drawn inside have the package's style; gives `matplotlib.pyplot`"
     need("plots", "matplotlib")
     import matplotlib.pyplot as plt
+    plt.draw_if_interactive()    # loads the backend: loaded inside, a notebook would show its first figure alone
     with plt.style.context(ASSETS / "bgrpo.mplstyle"): yield plt
 
 

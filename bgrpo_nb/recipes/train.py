@@ -76,15 +76,15 @@ from datasets import Dataset
 from ..algebra.problems import Problem, mix, polynomial_key, read_degrees, read_problems, split
 from ..base.files import write_json
 from ..base.run_folder import best_of, check_space, describe_lines, open_run, provenance, read_metrics
-from ..base.settings import check_ranges, setting
+from ..base.settings import check_ranges, help_of, setting
 from ..learn.config import BGRPOConfig
 from ..learn.trainer import BGRPOTrainer, load_policy
 from ..policy.loading import known_to, say_known
 from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
 from .validation import (
-    StartAndEnd, Validator, can_load_best, is_validation, known_problems, of_kind, read_reports, refuse_best,
-    reports_of, saved_step, summary, which_policy, write_reports)
+    StartAndEnd, Validator, baseline_for, can_load_best, is_validation, known_problems, of_kind, read_reports,
+    refuse_best, reports_of, saved_step, summary, which_policy, write_reports)
 from .wandb_logging import WandbPanels, at_wandb, guard_wandb
 from ..search.generation import check_length
 from ..solve.beam_filter import answer_tokens
@@ -115,9 +115,8 @@ class TrainConfig(BGRPOConfig):
     known_problems: int | None = setting(
         None, "problems of what the policy was trained on before, measured too; left out: 100 if the policy names it")
     baseline: str | None = setting(
-        None, "how a reward becomes an advantage: mean (of the group), leave_one_out, right_only, minimum_risk, "
-        "tempered, violations or siblings; left out: minimum_risk where the start solves half of the held-out "
-        "problems greedily, else mean")
+        None, f"{help_of(BGRPOConfig, 'baseline')}; left out: minimum_risk where the start solves half of the held-out "
+              "problems greedily, else mean, also where the start is not measured")
     num_beams: int = setting(10, "beam width of the validation and of the beam rank score", low=1, high=10_000)
     wide_beams: int | None = setting(
         None, "a second, wider search of the validation; left out: none", low=1, high=10_000)
@@ -232,29 +231,30 @@ def train_bgrpo(config: TrainConfig,
 def _train(config, train, validator, tokenizer, model, checkpoint, data) -> dict: # as of `train_bgrpo`
     "The steps, the last validation, the files that a finished run has"
     folder, main = Path(config.output_dir), config.process_index == 0
-    stop, log, open_baseline = StopCleanly(), RunLog(folder), config.baseline is None
-    if validator and checkpoint: validator.start = read_reports(folder, "start")
-    callbacks = [*_of_validation(config, validator), log, stop, PlotHistory(folder, plot_history)]
+    stop, log, left_out = StopCleanly(), RunLog(folder), config.baseline is None
+    if left_out: config.baseline = _chosen_before(config, checkpoint)
+    callbacks = [log, stop, PlotHistory(folder, plot_history)]
+    if validator: callbacks.insert(0, StartAndEnd(validator, chooses_baseline=left_out))
     trainer = _make_trainer(config, model, tokenizer, train, validator, callbacks)
     check_space(config, trainer.model)
-    if validator: validator.remember(trainer)
+    if validator:
+        validator.remember(trainer)
+        if checkpoint: validator.start = read_reports(folder, "start")
     with stop: run_steps(trainer, checkpoint)
     finished = not stop.everywhere
     ended = _end(config, trainer, validator, tokenizer) if finished else {}
     result = dict(stopped=stop.everywhere, step=trainer.state.global_step, seconds=log.runtime(), problems=len(train),
                   held_out=len(validator.sets["held_out"]) if validator else 0, data=data, **ended,
-                  chosen=dict(baseline=config.baseline) if open_baseline else {},
+                  chosen=dict(baseline=config.baseline) if left_out else {},
                   **_validations(folder), **provenance(config.seed))
     if finished and main: write_json(folder / "result.json", result)
     return result | dict(reports=[found["held_out"] for found in validator.reports.values()] if validator else [])
 
-def _of_validation(config, validator) -> list[StartAndEnd]: # one, or none
-    "What looks at the start; a baseline that is left out follows from it"
-    left_out, config.baseline = config.baseline is None, config.baseline or "mean"
-    if not validator: return []
-    callback = StartAndEnd(validator, chooses_baseline=left_out)
-    if validator.start: callback.choose_baseline(config, validator.start["held_out"].metrics["greedy_accuracy"])
-    return [callback]
+def _chosen_before(config, checkpoint) -> str: # baseline
+    "What a run that continues has chosen; a new one has the mean until its start is measured"
+    first = _validations(Path(config.output_dir))["first"] if checkpoint else None
+    at_start = first is not None and first["step"] == 0
+    return baseline_for(first["eval_greedy_accuracy"], config) if at_start else "mean"
 
 def _end(config, trainer, validator, tokenizer) -> dict: # saved_step, summary, change
     "Save the policy that was chosen, and say what has changed since the start"

@@ -259,7 +259,7 @@ class StartAndEnd(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.global_step: return
         solved = metrics["eval_greedy_accuracy"]
-        self.choose_baseline(args, solved)
+        if self.chooses_baseline: args.baseline = baseline_for(solved, args)
         if state.is_world_process_zero:
             write_reports(args.output_dir, "start", self.validator.start)
             for advice in advice_for_start(solved, args): warnings.warn(advice)
@@ -267,10 +267,6 @@ class StartAndEnd(TrainerCallback):
                 tqdm.write(f"baseline={args.baseline}, since the start solves {solved:.0%} greedily")
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
         if metric: state.best_metric = metrics[f"eval_{metric}"]
-
-    def choose_baseline(self, args, greedy_accuracy: float):
-        "Where it was left out"
-        if self.chooses_baseline: args.baseline = baseline_for(greedy_accuracy, args)
 
     def on_step_end(self, args, state, control, **kwargs):
         is_last = state.global_step >= state.max_steps

@@ -98,7 +98,7 @@ ARMS = {arm.name: arm for arm in (
     Arm("mean, one form", GOOD_STARTS, BEAMS | SIXTEEN | dict(canonical_only=True)),
     Arm("violations", NOT_THE_MAP, BEAMS | FOUR | dict(baseline="violations")),
     Arm("minimum risk", BY_REWARD, BEAMS | FOUR | dict(baseline="minimum_risk")),
-    Arm("minimum risk, 16 beams", {"map": (5e-5, 2e-4)}, BEAMS | SIXTEEN | dict(baseline="minimum_risk")),
+    Arm("minimum risk, 16 beams", {"map": (5e-5,)}, BEAMS | SIXTEEN | dict(baseline="minimum_risk")),
     Arm("samples", BY_REWARD, BEAMS | SIXTEEN | dict(rollout="sample")),
     Arm("supervised", BY_LABEL, LABELS, supervised=True),
 )}

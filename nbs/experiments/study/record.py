@@ -30,7 +30,7 @@ OF_ROLLOUT = {"beam": "BGRPO without rank", "mixed": "half beams, half samples",
 OF_BASELINE = {"right_only": "right ones only", "minimum_risk": "minimum risk"}
 SETTINGS = ("rollout", "baseline", "eval_on_start", "eval_steps", "learning_rate", "max_steps", "reward", "save_steps",
             "warmup_steps", "canonical_only", "credit_once")    # as the sweeps give them
-STARTS = ("rank", "rollout")    # sweeps whose policies are searched at every width
+OF_WIDTHS = ("rank", "rollout")    # sweeps whose policies are searched at every width
 
 
 def way_of(sweep, settings):
@@ -104,12 +104,10 @@ def main():
     for i, row in runs.table.iterrows():
         trial = describe_trial(row)
         runs.table.loc[i, list(trial)] = list(trial.values())
-    if {*STARTS} <= {*done}: record_widths(runs)
-    before = kept(done)
-    runs.to_csv(HERE / "tidy.csv")
-    rows = as_written(HERE / "tidy.csv")
+    if {*OF_WIDTHS} <= {*done}: record_widths(runs)
+    rows = as_written(runs.to_csv(STUDY / "tidy.csv"))
     rows["run"] = rows.sweep + "/" + rows.folder.map(lambda folder: Path(folder).name)
-    pd.concat([before, rows]).fillna("").to_csv(HERE / "tidy.csv", index=False)
+    pd.concat([kept(done), rows]).fillna("").to_csv(HERE / "tidy.csv", index=False)
 
 
 if __name__ == "__main__": main()
