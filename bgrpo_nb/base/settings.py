@@ -36,11 +36,6 @@ def setting(default, help, low=None, high=None):
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-def help_of(cls, name):
-    "The sentence that explains a field"
-    return next(f.metadata["help"] for f in fields(cls) if f.name == name)
-
-
 def range_of(name, low=None, high=None, documented=True):
     "The smallest and largest value of a field, None where there is no bound"
     known_low, known_high = INHERITED.get(name, (0 if documented else None, None))

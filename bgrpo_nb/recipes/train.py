@@ -76,7 +76,7 @@ from datasets import Dataset
 from ..algebra.problems import Problem, mix, polynomial_key, read_degrees, read_problems, split
 from ..base.files import write_json
 from ..base.run_folder import best_of, check_space, describe_lines, open_run, provenance, read_metrics
-from ..base.settings import check_ranges, help_of, setting
+from ..base.settings import check_ranges, setting
 from ..learn.config import BGRPOConfig
 from ..learn.trainer import BGRPOTrainer, load_policy
 from ..policy.loading import known_to, say_known
@@ -115,8 +115,9 @@ class TrainConfig(BGRPOConfig):
     known_problems: int | None = setting(
         None, "problems of what the policy was trained on before, measured too; left out: 100 if the policy names it")
     baseline: str | None = setting(
-        None, f"{help_of(BGRPOConfig, 'baseline')}; left out: minimum_risk where the start solves half of the held-out "
-              "problems greedily, else mean, also where the start is not measured")
+        None, "how a reward becomes an advantage: mean (of the group), leave_one_out, right_only, minimum_risk, "
+        "tempered, violations or siblings; left out: minimum_risk where the start solves half of the held-out "
+        "problems greedily, else mean, also where the start is not measured")
     num_beams: int = setting(10, "beam width of the validation and of the beam rank score", low=1, high=10_000)
     wide_beams: int | None = setting(
         None, "a second, wider search of the validation; left out: none", low=1, high=10_000)
