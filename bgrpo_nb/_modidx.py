@@ -728,6 +728,8 @@ d = {
     ('trie.html#_measured', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._merge':
     ('trie.html#_merge', 'bgrpo_nb/learn/trie.py'),
+   'bgrpo_nb.learn.trie._most':
+    ('trie.html#_most', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._of_tokens':
     ('trie.html#_of_tokens', 'bgrpo_nb/learn/trie.py'),
    'bgrpo_nb.learn.trie._pack':
@@ -1634,6 +1636,8 @@ d = {
     ('beam_tree.html#tree_attention_on', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.why_no_tree':
     ('beam_tree.html#why_no_tree', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree.without_attention_plans':
+    ('beam_tree.html#without_attention_plans', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree.without_wrappers':
     ('beam_tree.html#without_wrappers', 'bgrpo_nb/search/beam_tree.py'),
   },
@@ -1662,6 +1666,12 @@ d = {
     ('captured_search.html#recording._watch', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured.Recording.step':
     ('captured_search.html#recording.step', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Recorder':
+    ('captured_search.html#_recorder', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Recorder.__init__':
+    ('captured_search.html#_recorder.__init__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Recorder.record':
+    ('captured_search.html#_recorder.record', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._Watch':
     ('captured_search.html#_watch', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._Watch.__init__':
@@ -1676,6 +1686,10 @@ d = {
     ('captured_search.html#_bytes', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._difference':
     ('captured_search.html#_difference', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._draw_again':
+    ('captured_search.html#_draw_again', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._free_bytes':
+    ('captured_search.html#_free_bytes', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._is_known':
     ('captured_search.html#_is_known', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._kept':
@@ -1696,6 +1710,8 @@ d = {
     ('captured_search.html#_place', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._record':
     ('captured_search.html#_record', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._reported_waits':
+    ('captured_search.html#_reported_waits', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._settings':
     ('captured_search.html#_settings', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._surroundings':
@@ -1720,6 +1736,8 @@ d = {
     ('captured_search.html#facts_of', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured.is_sharded':
     ('captured_search.html#is_sharded', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured.make_room':
+    ('captured_search.html#make_room', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured.of_scores_alone':
     ('captured_search.html#of_scores_alone', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured.release_graphs':

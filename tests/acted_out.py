@@ -43,14 +43,14 @@ class Capture(TorchDispatchMode):
 class Stage:
     "What was recorded and how often it was replayed"
     def __init__(self): self.tapes, self.replays = [], 0
-    def record(self, advance):
+    def record(self, advance, device):
         capture = Capture()
         with capture: advance()
         self.tapes.append(capture)
         def replay():
             self.replays += 1
             capture.replay()
-        return replay
+        return replay, 0
 
 
 @pytest.fixture

@@ -178,6 +178,22 @@ def test_recordings_go_with_their_model(stage):
     assert not len(captured._GRAPHS)
 
 
+def test_recordings_outlive_training_settings_and_precision_may_be_set_in_any_way(stage):
+    "TRL switches gradient checkpointing off and on around each rollout; Transformers sets tf32 by PyTorch's new names"
+    model = deepcopy(family("llama"))
+    for _ in range(3):
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_disable()
+        beams(model, PROMPTS, MASK)
+    assert len(stage.tapes) == 1 and len(captured._FOUND[model]) == 1
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    try: beams(model, PROMPTS, MASK)
+    finally: torch.backends.fp32_precision = before
+    assert len(stage.tapes) == 2
+
+
 def test_a_search_that_fails_leaves_no_recording(stage):
     model, calls = family("llama"), []
     class Breaks(AllowedSequences):
@@ -286,7 +302,7 @@ def test_a_step_that_a_recording_would_get_wrong_is_found(stage, how, reason):
 
 def test_a_recording_that_fails_is_not_tried_again(stage, monkeypatch):
     tries = []
-    def fails(advance):
+    def fails(advance, device):
         tries.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
     monkeypatch.setattr(captured, "_record", fails)
@@ -375,7 +391,7 @@ def test_on_a_device_searches_are_captured_by_default(name, kind, monkeypatch):
     "One graph for three searches of like shape; the same results as with static shapes, samples with the same seed too"
     release_graphs()
     model, recorded, record = on_device(name), [], captured._record
-    monkeypatch.setattr(captured, "_record", lambda advance: recorded.append(1) or record(advance))
+    monkeypatch.setattr(captured, "_record", lambda *args: recorded.append(1) or record(*args))
     monkeypatch.setitem(globals(), "seeded", lambda: torch.Generator("cuda").manual_seed(3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -402,8 +418,8 @@ def test_on_a_device_constraints_are_captured(monkeypatch):
 def test_on_a_device_weights_are_cast_once_and_stale_graphs_are_not_replayed():
     model = under_autocast(on_device("llama"), "cuda")
     ids, mask = PROMPTS.cuda(), MASK.cuda()
-    for change in (None, *changes().values()):
-        if change is changes()["other_type"]: continue
+    in_place = {name: change for name, change in changes().items() if name != "other_type"}
+    for change in (None, *in_place.values()):
         if change is not None:
             with torch.no_grad(): change(model)
         for _ in range(2):
@@ -414,6 +430,8 @@ def test_on_a_device_weights_are_cast_once_and_stale_graphs_are_not_replayed():
 @pytest.mark.cuda
 def test_on_a_device_memory_is_given_back():
     model, ids = on_device("llama"), PROMPTS.cuda()
+    beams(model, ids, MASK.cuda())
+    release_graphs()                                              # what the first search leaves for all others stays
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     beam_search(model, ids, num_beams=256, max_new_tokens=40, **ENDS)
@@ -421,6 +439,44 @@ def test_on_a_device_memory_is_given_back():
     release_graphs()
     gc.collect()
     assert kept > 2**20 and torch.cuda.memory_allocated() - before < kept / 4
+
+
+@pytest.mark.cuda
+def test_on_a_device_graphs_are_recorded_after_all_of_them_are_gone():
+    "Several times; by models that come and go, too"
+    for _ in range(3):
+        model = on_device("llama")
+        for _ in range(2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                found = beams(model, PROMPTS.cuda(), MASK.cuda())
+            same(found, beams(model, PROMPTS.cuda(), MASK.cuda(), static=True), 1e-3)
+            release_graphs()
+
+
+@pytest.mark.cuda
+def test_on_a_device_a_recording_that_fails_leaves_all_as_it_was():
+    "The stream, the random numbers, and the recordings that come after it"
+    release_graphs()
+    stream, device = torch.cuda.current_stream(), torch.device("cuda", torch.cuda.current_device())
+    def waits(): return torch.ones(3, device="cuda").sum().item()
+    with pytest.raises(RuntimeError): captured._record(waits, device)
+    assert torch.cuda.current_stream() == stream and torch.rand(3, device="cuda").isfinite().all()
+    x = torch.zeros(3, device="cuda")
+    replay, _ = captured._record(lambda: x.add_(1), device)
+    replay()
+    torch.cuda.synchronize()
+    assert x.tolist() == [1, 1, 1]
+
+
+@pytest.mark.cuda
+def test_on_a_device_waits_inside_of_operations_are_found():
+    device = torch.device("cuda")
+    counts = torch.tensor([1, 2], device=device)
+    with captured._reported_waits(device) as waits: counts.repeat_interleave(counts)
+    assert waits
+    with captured._reported_waits(device) as waits: counts + 1
+    assert not waits and torch.cuda.get_sync_debug_mode() == 0
 
 
 @pytest.mark.cuda

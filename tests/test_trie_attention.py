@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_output_head import GPT2, SIZES, V, family, gradient_of
@@ -18,6 +19,7 @@ from bgrpo_nb.learn import trie, trie_attention
 from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trie import row_logps, token_ratio, trie_logps
 from bgrpo_nb.learn.trie_attention import Facts, Flex, Runs, Segments, choose_form, form_for, lay_out, visible
+from bgrpo_nb.policy.model import load_model
 
 NAMES = ("Llama", "Qwen2", "Qwen3", "Gemma", "GPT2")
 SAMPLES = [ # three prompts in mixed order; early ends, one row of one token, two equal rows, one empty row
@@ -119,6 +121,27 @@ def test_a_form_works_under_autocast(form, monkeypatch):
     own = errors()
     monkeypatch.setattr(trie, "form_for", lambda *_: "dense")
     for x, y in zip(own, errors()): assert 0 < x < 1.5 * y < 0.1
+
+
+@pytest.mark.parametrize("kind", [Segments, Runs])
+def test_the_trial_of_a_prepared_model_allows_what_its_precision_rounds(kind, monkeypatch):
+    "Accelerate makes float32 of logits that were computed in bf16; a wrong mask is still found"
+    monkeypatch.setattr(trie_attention, "Segments", kind)
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare(load_model("tiny"))
+    plain = trie_attention._plain(model)
+    assert plain(torch.tensor([[1, 2]])).logits.dtype == torch.float32
+    assert trie_attention._model_differs("segments", plain, torch.bfloat16, "cpu") is None
+    monkeypatch.setattr(trie_attention, "path_to", lambda tout, node: np.arange(0))
+    assert trie_attention._model_differs("segments", plain, torch.bfloat16, "cpu")
+
+
+def test_too_little_memory_is_no_fault_of_a_form(monkeypatch):
+    def full(*_): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(trie_attention, "_attention_differs", full)
+    model = family("Llama")
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError): form_for(model, "auto", 2000, torch.float32, "cpu")
+    assert not any(trie_attention._FAULTS[model].values())
 
 
 subtree = st.recursive(st.just([]), lambda below: st.lists(below, max_size=3), max_leaves=12)
@@ -345,6 +368,21 @@ def test_kernels_give_the_log_probabilities_and_gradients_of_rows(name, asked, d
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("asked", ["flex", "segments"])
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_pass_their_trial_under_autocast(name, asked):
+    "As a trainer prepares a model by default: weights in float32, autocast in its forward, logits made float32"
+    model = Accelerator(mixed_precision="bf16").prepare(for_kernels(name, torch.float32))
+    ids, mask, C = (x.to("cuda") if isinstance(x, torch.Tensor) else x for x in pad(SAMPLES))
+    with torch.autocast("cuda", torch.bfloat16):
+        assert form_for(model, asked, 4096, torch.bfloat16, "cuda") == asked
+        found, wanted = (trie_logps(model, ids, mask, C, attention=form)[:1] for form in (asked, "dense"))
+    got, expected = gradient_of(model, found), gradient_of(model, wanted)
+    assert (found[0] - wanted[0]).norm() <= 0.1 * wanted[0].norm()
+    assert (got - expected).norm() <= 0.1 * expected.norm()
+
+
+@pytest.mark.cuda
 def test_a_device_takes_flex_for_long_sequences_and_compiles_it_once_for_all_lengths():
     model = for_kernels("Llama", torch.bfloat16)
     assert form_for(model, "auto", 4096, torch.bfloat16, "cuda") == "flex"
@@ -352,6 +390,6 @@ def test_a_device_takes_flex_for_long_sequences_and_compiles_it_once_for_all_len
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for n in (1, 20, 40):
-        ids, mask, C = pad([([2, 3], [5 + i, *range(2, 2 + n)]) for i in range(9)])
+        ids, mask, C = pad([([2, 3], [5 + i, *(2 + t % (V - 2) for t in range(n))]) for i in range(9)])
         with torch.no_grad(): trie_logps(model, ids.cuda(), mask.cuda(), C, attention="flex")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

@@ -68,7 +68,8 @@ class BGRPOConfig(GRPOConfig):
         0.0, "added to the reward of the best-ranked of equivalent right answers in a group")
     objective: str = setting("paper", "paper, or original: the values that the original scripts used")
     share_prefixes: bool = setting(True, "gradients over the group's trie; off: every row in full, as TRL does")
-    trie_elements: int = setting(2**26, "most elements of mask and logits in one forward over tries")
+    trie_elements: int | None = setting(
+        None, "most elements of mask and logits in one forward over tries; left out: 2^26, on a GPU 2^28")
     trie_attention: str = setting(
         "auto", "attention over tries: auto, flex (FlexAttention), segments, or dense (a mask of all pairs)")
     prompts_per_step: int | None = setting(

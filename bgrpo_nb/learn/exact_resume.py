@@ -46,6 +46,7 @@ from trl.trainer.utils import RepeatSampler
 # %% ../../nbs/08a_exact_resume.ipynb #4fc296da
 from ..base.checkpoints import checkpoint_of, load_finished, whole_or_nothing
 from .finite import FiniteTrainer
+from ..search.beam_tree import without_attention_plans
 
 # %% ../../nbs/08a_exact_resume.ipynb #8bf4dd79
 _OLD_NAME = ".*gradient_checkpointing.* is deprecated" # TRL itself uses the old name of that setting
@@ -99,7 +100,7 @@ class ResumableGRPOTrainer(FiniteTrainer, GRPOTrainer):
         "TRL's; from a checkpoint that holds every step, none is taken; ValueError for one that is damaged"
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
         if checkpoint and load_finished(self, checkpoint): return TrainOutput(self.state.global_step, 0.0, {})
-        return super().train(checkpoint, **kwargs)
+        with without_attention_plans(): return super().train(checkpoint, **kwargs)
 
 # %% ../../nbs/08a_exact_resume.ipynb #192f62c1
 @patch

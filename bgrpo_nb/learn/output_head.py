@@ -43,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/08g_output_head.ipynb #0ba796c4
 from ..search.beam_tree import in_eval_mode, without_wrappers
+from ..search.memory import is_out_of_memory
 
 # %% ../../nbs/08g_output_head.ipynb #08gaft03
 _SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier") # names in configs
@@ -96,7 +97,9 @@ def _try_forms(plain, head) -> Callable | str:
     try:
         with _in_place_of(head, returns_known), in_eval_mode(plain), torch.no_grad():
             found = plain(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False).logits
-    except Exception as e: return f"its head could not be tried: {e}"
+    except Exception as e:
+        if is_out_of_memory(e): raise
+        return f"its head could not be tried: {e}"
     if len(calls) != 1 or found.shape != (1, 1, len(known)): return "its logits are not those of its output head alone"
     for form in _forms(config):
         if torch.allclose(form(known), found[0, 0].float(), rtol=1e-4, atol=1e-4): return form

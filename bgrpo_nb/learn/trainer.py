@@ -97,7 +97,7 @@ from .trl_batching import Completion, constraint_of, positions_from_mask, roll_o
 from .weight_averages import AveragingTrainer
 from ..policy.loading import load_model
 from ..policy.model import load_tokenizer
-from ..search.captured import release_graphs
+from ..search.captured import make_room
 from ..search.constraints import Constraint
 from ..search.generation import check_length
 from ..search.generation_settings import INSTEAD
@@ -236,7 +236,7 @@ def _roll_out(self: BGRPOTrainer, prompts: list, trainer) -> dict: # TRL's rollo
                               constraint=self.constraint)
             return [group + [_EMPTY] * (G - len(group)) for group in groups]
         members = share_groups(prompt_ids, G, search, self.accelerator.process_index, everywhere=sharded)
-    release_graphs()                                                  # the training step needs the memory
+    make_room(args.device)                                            # the training step needs the memory
     fields = dict(prompt_ids=prompt_ids, completion_ids=[m.ids or [self._tokenizer.pad_token_id] for m in members],
                   logprobs=None, beam_rank=[m.beam_rank for m in members], beam_score=[m.score for m in members])
     return fields | self._mask_of_empty(members)
@@ -302,7 +302,7 @@ def evaluate(self: BGRPOTrainer, eval_dataset=None, ignore_keys=None, metric_key
     start, training = time.perf_counter(), self.model.training
     self.model.eval()
     with self.averaged(), whole_model(self) as model: found = self.evaluator(model, self.processing_class)
-    release_graphs()
+    make_room(self.args.device)
     found, = broadcast_object_list([found])   # processes decide by equal numbers which checkpoint is best
     found = found | dict(seconds=round(time.perf_counter() - start, 2))
     metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

@@ -72,11 +72,12 @@ from .callbacks import RunLog, StopCleanly, run_steps, show_progress
 from .samples import (
     Batches, ProblemStream, SampleBlocks, collate, default_workers, for_last_columns, in_order, make_samples)
 from .wandb_logging import at_wandb, guard_wandb
+from ..search.beam_tree import without_attention_plans
 
 # %% ../../nbs/04_sft.ipynb #29a66a86
-def bf16_is_native() -> bool:
-    "Does this machine multiply bfloat16 in hardware?"
-    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
+def bf16_is_native(use_cpu: bool = False) -> bool: # whether the CPU is used, GPU or not
+    "Does the device multiply bfloat16 in hardware?"
+    if torch.cuda.is_available() and not use_cpu: return torch.cuda.is_bf16_supported(including_emulation=False)
     has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return has_avx512 and torch.cpu._is_avx512_bf16_supported()
 
@@ -128,7 +129,7 @@ class SupervisedConfig(TrainingArguments):
     logging_nan_inf_filter: bool = setting(False, "log a loss of 0 instead of NaN; a NaN ends the training anyway")
 
     def __post_init__(self):
-        if self.bf16 is None: self.bf16 = not self.fp16 and bf16_is_native()
+        if self.bf16 is None: self.bf16 = not self.fp16 and bf16_is_native(self.use_cpu)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()   # TrainingArguments wants it for bf16
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.dataloader_num_workers is None: self.dataloader_num_workers = default_workers(on_gpu)
@@ -168,7 +169,8 @@ class BatchedMuon(Muon):
 
     def _step(self, group, matrices: list): # of one shape
         lr, momentum = group["lr"], group["momentum"]
-        for p in matrices: self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]: self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         gradients, buffers = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
@@ -295,7 +297,8 @@ class _Trainer(FiniteTrainer, Trainer):
         "From a checkpoint that holds every step, none is taken"
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
         if checkpoint and load_finished(self, checkpoint): return
-        try: super().train(checkpoint, **kwargs)
+        try:
+            with without_attention_plans(): super().train(checkpoint, **kwargs)
         except RuntimeError as e:
             if "DataLoader worker" not in str(e): raise
             raise ChildProcessError("a process that makes samples was killed, perhaps for lack of memory; lower "

@@ -67,7 +67,8 @@ from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, 
 
 # %% ../../nbs/03_generation.ipynb #ded3d7f8
 from .beam_rows import WholeTexts, on_rows, why_no_cache
-from .beam_tree import BeamTree, in_eval_mode, why_no_tree, without_wrappers
+from .beam_tree import (
+    BeamTree, in_eval_mode, why_no_tree, without_attention_plans, without_wrappers)
 from bgrpo_nb.search.captured import (
     FilledTree, borrowed, bucket, cast_copies, choose_form, facts, facts_of, is_sharded,
     why_not_recorded)
@@ -145,7 +146,7 @@ def _inference(search: Callable[Concatenate[Any, P], Beams]) -> Callable[Concate
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         called = without_wrappers(model, keep_compiled=True)
         try:
-            with in_eval_mode(model), torch.no_grad(), torch.inference_mode(not distributed):
+            with in_eval_mode(model), without_attention_plans(), torch.no_grad(), torch.inference_mode(not distributed):
                 found = search(called, *args, **kwargs)
         finally:
             if model.training: forget_packed(called)             # training needs the memory

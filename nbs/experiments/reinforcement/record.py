@@ -3,8 +3,8 @@
     python nbs/experiments/reinforcement/record.py [PART ...] [--seeds 0 1 2]
 
 Parts: `starts` trains the policies that the map begins with, `map` continues from each, `small`, `multivariate` and
-`tiny` continue from the bundled ones of these names. Every run of a part has the same CPU seconds for
-its steps. Each arm is tried at several learning rates with the first seed (in the map from two starts alone); the one
+`tiny` continue from the bundled ones of these names, and `hour` from `small` for an hour. Every run of a part has the
+same CPU seconds for its steps. Each arm is tried at several learning rates with the first seed (in the map from two starts alone); the one
 that is best on validation problems is measured, and run again with the other seeds. What is done is kept in
 runs/reinforcement, one folder a run, so a second call, or several at once, continue; what record.json holds is not run
 again. record.json collects the rows: for each run the share of held-out problems that it and its start solve, and the
@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
@@ -25,13 +25,14 @@ from transformers import Trainer
 from bgrpo_nb.algebra.problems import generate_multivariate, generate_problems
 from bgrpo_nb.base.files import write_json
 from bgrpo_nb.base.run_folder import provenance
+from bgrpo_nb.base.strict_yaml import read_yaml
 from bgrpo_nb.policy.model import load_model, load_tokenizer
 from bgrpo_nb.recipes.sft import SupervisedConfig, train_policy
 from bgrpo_nb.recipes.train import TrainConfig, train_bgrpo
 from bgrpo_nb.solve.beam_filter import search_problems
 from bgrpo_nb.solve.evaluation import bootstrap, evaluate
 
-PARTS = ["starts", "map", "tiny", "small", "multivariate"]
+PARTS = ["starts", "map", "tiny", "small", "multivariate", "hour"]
 RECORD, OUT = Path(__file__).parent / "record.json", Path("runs/reinforcement")
 LEVELS = (5, 20, 40, 60, 80, 93) # per cent solved greedily, of the starts of the map
 TUNED = (20, 93)                 # those at which learning rates are tried; the others take the rate of the nearest
@@ -73,6 +74,7 @@ TASKS = {
     "multivariate": Task(("2_2",), {"2_2": 1200}, {"2_2": 300}, kind="multivariate"),
     "tiny": Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ", seconds=150),
 }
+TASKS["hour"] = replace(TASKS["small"], seconds=3600)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Arm:
     rates: dict                                   # part in which it is run -> peak learning rates that are tried
     settings: dict = field(default_factory=dict)  # of TrainConfig, or of SupervisedConfig
     supervised: bool = False
+    config: str | None = None                     # of `bgrpo sft`: this run, with its own number of steps
 
 
 BEAMS = dict(lr_scheduler_type="linear", warmup_steps=8)
@@ -97,10 +100,11 @@ ARMS = {arm.name: arm for arm in (
     Arm("mean", BY_REWARD, BEAMS | SIXTEEN),
     Arm("mean, one form", GOOD_STARTS, BEAMS | SIXTEEN | dict(canonical_only=True)),
     Arm("violations", NOT_THE_MAP, BEAMS | FOUR | dict(baseline="violations")),
-    Arm("minimum risk", BY_REWARD, BEAMS | FOUR | dict(baseline="minimum_risk")),
+    Arm("minimum risk", BY_REWARD | {"hour": (5e-5,)}, BEAMS | FOUR | dict(baseline="minimum_risk")),
     Arm("minimum risk, 16 beams", {"map": (5e-5,)}, BEAMS | SIXTEEN | dict(baseline="minimum_risk")),
     Arm("samples", BY_REWARD, BEAMS | SIXTEEN | dict(rollout="sample")),
     Arm("supervised", BY_LABEL, LABELS, supervised=True),
+    Arm("supervised, nine degrees", {"hour": (2e-3,)}, config="configs/sft/small_longer.yaml"),
 )}
 
 
@@ -123,7 +127,9 @@ def continue_from(start: str, task: Task, arm: Arm, rate: float, seed: int, step
                   save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True)
     seconds = []
     with cpu_clock(seconds):
-        if arm.supervised:
+        if arm.config:
+            result = train_policy(SupervisedConfig(**read_yaml(arm.config) | common | dict(max_steps=steps)))
+        elif arm.supervised:
             own = dict(degrees=list(task.degrees), kind=task.kind, held_out=len(task.degrees))
             result = train_policy(SupervisedConfig(**common | own | arm.settings))
         else:
@@ -144,6 +150,7 @@ def name_of(policy: str) -> str:
 
 def steps_in(task_name: str, start: str, arm: Arm) -> int:
     "Optimizer steps that take the task's seconds, from a few steps that are timed once"
+    if arm.config: return read_yaml(arm.config)["max_steps"]
     file = OUT / task_name / f"speed-{name_of(start)}-{file_name(arm)}.json"
     if not file.exists():
         trial = file.with_name(f"{file.stem}-{os.getpid()}")
@@ -284,7 +291,7 @@ def all_rows(part: str, runs: list, measured: bool) -> list[dict]: # runs: (star
 
 
 def starts_of(part: str) -> dict: # policy -> per cent solved greedily, about
-    if part != "map": return {part: 0}
+    if part != "map": return {{"hour": "small"}.get(part, part): 0}
     chosen = json.loads((OUT / "starts/chosen.json").read_text())
     return {str(OUT / f"starts/{found['name']}/policy"): int(level) for level, found in chosen.items()}
 
