@@ -2,6 +2,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +36,8 @@ def versions():
 
 
 def commit():
-    "The checkout's commit, with `+` where files differ from it"
+    "The checkout's commit, with `+` where files differ from it; empty where there is no git, or no checkout"
+    if shutil.which("git") is None: return ""
     def git(*args):
         done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip()

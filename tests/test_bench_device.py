@@ -26,8 +26,9 @@ def run(tmp_path, only="", seconds=300):
 @pytest.mark.parametrize("only,fields", [
     ("search 6x512 float32 K=2 B=2 P=12", ("times", "over_products", "over_bandwidth", "tokens")),
     ("search qwen2.5-0.5b float32 K=3 B=2", ("times", "over_products", "over_bandwidth", "tokens")),
-    ("groups=4", ("times_rows", "times_packed", "tokens")),
-    ("step 6x512", ("times_trl_samples", "times_trl_beams", "bgrpo_tokens"))])
+    ("groups=4", ("times_rows", "times_rows_together", "times_packed", "tokens")),
+    ("groups=1 P=12 C=6", ("times_rows", "trie_segments_seconds", "trie_dense_seconds")),
+    ("step 6x512", ("times_trl_samples", "times_trl_beams", "times_trl_beams_together", "bgrpo_tokens"))])
 def test_a_case_gives_what_its_rival_gives(tmp_path, only, fields):
     results, _ = run(tmp_path, only)
     rows = results["cases"].values()
@@ -53,7 +54,7 @@ def test_a_failure_is_a_line_and_the_record_is_written_after_each_case(tmp_path,
     def full(*args): raise torch.OutOfMemoryError("too large")
     def missing(*args): raise ModuleNotFoundError("No module named 'trl'")
     def odd(*args): raise RuntimeError("first line\nsecond line")
-    monkeypatch.setattr(bench, "cases", lambda sizes, rate: iter([
+    monkeypatch.setattr(bench, "cases", lambda *_: iter([
         bench.Case("a", 1, full), bench.Case("b", 1, missing), bench.Case("c", 1, odd),
         bench.Case("d", 1, lambda b: dict(seconds=0.12345))]))
     results, written = run(tmp_path)
@@ -67,7 +68,7 @@ def test_what_does_not_fit_is_listed(tmp_path, monkeypatch):
     "By the time that is left and the time that a case is expected to take"
     ran = []
     def case(name, seconds): return bench.Case(name, seconds, lambda b: ran.append(name) or {})
-    monkeypatch.setattr(bench, "cases", lambda sizes, rate: iter([case("short", 1), case("long", 500), case("last", 2)]))
+    monkeypatch.setattr(bench, "cases", lambda *_: iter([case("short", 1), case("long", 500), case("last", 2)]))
     monkeypatch.setattr(bench, "Sizes", lambda: bench.TRIVIAL)
     results, _ = bench.measure(60, False, lambda r: None)
     assert ran == ["short", "last"] and results["left_out"] == ["long"]
@@ -76,11 +77,11 @@ def test_what_does_not_fit_is_listed(tmp_path, monkeypatch):
 def test_goals_are_judged():
     sizes = bench.Sizes()
     half = "bfloat16" if bench.CUDA else "float32"
-    done = {f"search 6x512 {half} K=16 B=1 P=512 C=64": dict(times=6.5, over_products=1.4)}
+    done = {f"search 6x512 {half} K=16 B=1 P=512 C=64": dict(times=6.5, step_over_products=1.4)}
     verdicts = {row["goal"]: row["verdict"] for row in bench.judged(done, sizes)}
     assert verdicts["search 6x512, B=1: times generate"] == "met"
-    assert verdicts["search 6x512, B=1: over its matrix products"] == "not met"
-    assert verdicts["step: times TRL with samples"] == "not measured" and len(verdicts) == 16
+    assert verdicts["search 6x512, B=1: a step over its matrix products"] == "not met"
+    assert verdicts["step 6x512, float32: times TRL with samples"] == "not measured" and len(verdicts) == 20
 
 
 def test_every_size_has_a_case():

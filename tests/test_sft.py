@@ -347,6 +347,31 @@ def test_a_run_outlives_its_workers():
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(seen, expected, strict=True))
 
 
+TIED = """
+import os, signal, sys, time
+from bgrpo_nb.base.processes import tie_to_parent
+parent, ended = os.getpid(), sys.argv[1] == "ended"
+if ended:
+    parent = os.fork()
+    if not parent: os._exit(0)
+    if sys.argv[2] == "reaped": os.waitpid(parent, 0)
+    else: time.sleep(0.2)
+server = os.fork()
+if not server:                                      # as multiprocessing's fork server, the default of Python 3.14
+    worker = os.fork()
+    if not worker:
+        tie_to_parent(parent, signal.SIGKILL)
+        os._exit(7)
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) % 256)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(server, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("words, status", [(["runs", ""], 7), (["ended", "reaped"], 247), (["ended", "zombie"], 247)])
+def test_a_worker_of_a_fork_server_lives_as_long_as_the_parent(words, status):
+    assert subprocess.run([sys.executable, "-c", TIED, *words]).returncode == status
+
+
 def test_the_default_number_of_workers(config, monkeypatch):
     from bgrpo_nb.recipes import samples
     assert config().dataloader_num_workers == 0 == default_workers(False), "on a CPU the cores train the policy"

@@ -38,7 +38,13 @@ def tie_to_parent(parent, number):
     "From now on this process gets signal `number` when the process `parent` dies (Linux only; elsewhere: no effect)"
     if not sys.platform.startswith("linux"): return
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number))
-    if os.getppid() != parent: os.kill(os.getpid(), number)  # the parent died before the line above
+    if os.getppid() == parent or _runs(parent): return       # there may be a fork server in between
+    os.kill(os.getpid(), number)                             # the parent died before the signal was asked for
+
+
+def _runs(pid):
+    try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return False
 
 
 def hand_back_memory():
