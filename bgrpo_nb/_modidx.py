@@ -1828,6 +1828,8 @@ d = {
     ('decoding.html#decoding._of', 'bgrpo_nb/search/decoding.py'),
    'bgrpo_nb.search.decoding.Decoding._open_first':
     ('decoding.html#decoding._open_first', 'bgrpo_nb/search/decoding.py'),
+   'bgrpo_nb.search.decoding.Decoding._room_for_noise':
+    ('decoding.html#decoding._room_for_noise', 'bgrpo_nb/search/decoding.py'),
    'bgrpo_nb.search.decoding.Decoding._store':
     ('decoding.html#decoding._store', 'bgrpo_nb/search/decoding.py'),
    'bgrpo_nb.search.decoding.Decoding._texts':

@@ -7,11 +7,11 @@ import sys
 from html import unescape
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from browser import PHONE, open_page, serve
 
+nbformat = pytest.importorskip("nbformat")
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "nbs" / "_build"))
 import build_site

@@ -213,7 +213,7 @@ def test_two_processes_agree_on_the_best(policy, tmp_path):
     flags = RUN | dict(model=policy, output_dir=tmp_path / "run", max_steps=2, save_total_limit=2, use_cpu="true",
                        disable_tqdm="true")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(Path(sys.executable).with_name("bgrpo")), "train", *(f"--{k}={v}" for k, v in flags.items())]
+               "-m", "bgrpo_nb", "train", *(f"--{k}={v}" for k, v in flags.items())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import wandb
 
 from bgrpo_nb.recipes import wandb_logging
 from bgrpo_nb.algebra.problems import generate_problems, write_problems
 from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
 
+wandb = pytest.importorskip("wandb")
 BIN = Path(sys.executable).parent
 FLAGS = dict(problems="p.txt", prompts_per_step=3, num_generations=4, max_steps=2, held_out=6, eval_steps=1,
              save_steps=2, num_beams=4, wide_beams=4, num_samples=2, max_completion_length=6, use_cpu="true",

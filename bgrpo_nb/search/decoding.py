@@ -245,17 +245,23 @@ def result(self:Decoding) -> Beams:
 
 # %% ../../nbs/03i_decoding.ipynb #03i0000d
 @patch
-def draw(self:Decoding):
+def draw(self:Decoding,
+         as_before: bool = False): # as many as the last time: nothing is asked of the constraint
     "Random numbers for the next tokens of samples: outside of a captured step, into the memory that it reads"
     if self.asked.temperature is None: return
+    if not as_before: self.noise = self._room_for_noise()
+    self.noise.exponential_(generator=self.generator)
+
+@patch
+def _room_for_noise(self:Decoding) -> Tensor: # (B, Q, W)
     W = self.logits.shape[-1]
     if self.asked.constraint is not None:
         tokens, _ = self._choices_in(self.state[:1, :1])
         W = W if tokens is None else tokens.shape[-1]
-    self.noise = self.noise_of.get(W) if self.static else None
-    if self.noise is None: self.noise = self.logits.new_empty(*self.order.shape, W)
-    if self.static: self.noise_of[W] = self.noise
-    self.noise.exponential_(generator=self.generator)
+    noise = self.noise_of.get(W) if self.static else None
+    if noise is None: noise = self.logits.new_empty(*self.order.shape, W)
+    if self.static: self.noise_of[W] = noise
+    return noise
 
 # %% ../../nbs/03i_decoding.ipynb #c42cb547
 def run_search(model, search: Decoding, C: int, # tokens at most
@@ -273,6 +279,6 @@ def run_search(model, search: Decoding, C: int, # tokens at most
             search.asked.pick(search)
             for search.step in range(1, C):
                 if search.over(): break
-                search.draw()
+                search.draw(as_before=search.step > 1 and recording is not None and recording.replay is not None)
                 step()
             return search.result()
