@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from unittest import mock
@@ -192,26 +194,30 @@ def search(bench, name, dtype, K, B, P, C, rate, forms=(None,)):
     def theirs(**more): return model.generate(ids, attention_mask=torch.ones_like(ids), **how, **more)
     row = {}
     for form in forms:
+        free()
         seconds, found, peak = timed(lambda: ours(form), repeats)
         label = "" if form is None else f"_{form}".lower()
-        row |= {f"seconds{label}": seconds, f"peak_gib{label}": peak}
+        row |= {f"seconds{label}": seconds, f"peak_gib{label}": peak and peak + captured._shared_bytes() / 2**30}
         if form is None: scores, row["captured"] = found.scores.float(), bool(captured._GRAPHS.get(model))
-    half, _, _ = timed(lambda: ours(None, C // 2), repeats)
-    step = (row["seconds"] - half) / (C - C // 2)
+    first, _, _ = timed(lambda: ours(None, 1), repeats)
+    step = (row["seconds"] - first) / (C - 1)
     row |= dict(step_seconds=step)
     for name, as_graph in (("products", False), *([("captured_products", True)] if CUDA else [])):
-        whole, part = (timed(linear_products(model, B, K, P, n, as_graph), repeats)[0] for n in (C, C // 2))
-        row |= {f"over_{name}": row["seconds"] / whole, f"step_over_{name}": step / ((whole - part) / (C - C // 2))}
+        whole, part = (timed(linear_products(model, B, K, P, n, as_graph), repeats)[0] for n in (C, 1))
+        row |= {f"over_{name}": row["seconds"] / whole, f"step_over_{name}": step / ((whole - part) / (C - 1))}
     held = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize + key_bytes(model, B * (P + K * C))
     row |= dict(over_bandwidth=step / (held / rate), tokens=K * (P + C) / (P + K * C))
     free()                                       # memory of our graphs is not theirs to carry
     try:
         seconds, _, peak = timed(theirs, 1)
         row |= dict(generate_seconds=seconds, generate_peak_gib=peak, times=seconds / row["seconds"])
+    except torch.OutOfMemoryError: row["generate"] = "out of memory"
+    try:
         apart = (scores - theirs(**SCORED).sequences_scores.view(B, K).float()).abs().max().item()
         limit = 1e-3 if dtype == FP32 else 0.02 * max(1.0, scores.abs().max().item())
         row |= dict(scores_apart=apart, agrees=apart <= limit)
-    except torch.OutOfMemoryError: row["generate"] = "out of memory"
+    except torch.OutOfMemoryError: row["agrees"] = None
+    ours(None)
     count = launches(lambda: ours(None))         # last: a profiler slows what comes after it
     return row | dict(launches_per_token=count and count / C)
 
@@ -316,14 +322,20 @@ def beams_of(model, ids, K, C):
 
 def gradients(bench, name, dtype, groups, P, C, attentions=()):
     "Log-probabilities of beams with gradients: over tries, in full rows (and with one backward pass), and packed"
-    from bgrpo_nb.learn.trie import trie_logps
-    from bgrpo_nb.learn.trie_attention import form_for
+    from bgrpo_nb.learn import trie
+    from bgrpo_nb.search.beam_tree import without_attention_plans
     model, K, repeats = bench.model(name, dtype), bench.sizes.group, bench.sizes.repeats
     ids = beams_of(model, bench.prompts(model, groups, P), K, C)
     rows_at_once = 8
     model.train()
     varlen = CUDA and dtype != FP32
-    def over_tries(attention="auto"): return trie_logps(model, ids, torch.ones_like(ids), C, attention=attention)[0]
+    chosen_forms, choose = [], trie.form_for
+    def noted(*args):
+        chosen_forms.append(choose(*args))
+        return chosen_forms[-1]
+    def over_tries(attention="auto"):
+        with without_attention_plans(), mock.patch.object(trie, "form_for", noted):
+            return trie.trie_logps(model, ids, torch.ones_like(ids), C, attention=attention)[0]
     def together(): return torch.cat([row_logps(model, part, C) for part in ids.split(rows_at_once)])
     forms = dict(trie=[over_tries], **{f"trie_{name}": [partial(over_tries, name)] for name in attentions},
                  rows=[partial(row_logps, model, part, C) for part in ids.split(rows_at_once)], rows_together=[together],
@@ -349,8 +361,7 @@ def gradients(bench, name, dtype, groups, P, C, attentions=()):
     model.zero_grad(set_to_none=True)
     model.eval()
     row["packed_by"] = "torch.nn.attention.varlen" if varlen else "a block mask"
-    distinct = distinct_tokens(ids, C, K)
-    row |= dict(tokens=ids.numel() / distinct, attention=form_for(model, "auto", distinct // groups, dtype, DEVICE))
+    row |= dict(tokens=ids.numel() / distinct_tokens(ids, C, K), attention=chosen_forms[0])
     for rival in ("rows", "rows_together", "packed"):
         if f"{rival}_seconds" in row: row[f"times_{rival}"] = row[f"{rival}_seconds"] / row["trie_seconds"]
         if row.get(f"{rival}_peak_gib"): row[f"memory_{rival}"] = row["trie_peak_gib"] / row[f"{rival}_peak_gib"]
@@ -457,7 +468,7 @@ def supervised(bench, batch):
     from bgrpo_nb.recipes import samples, sft
     bench.held.clear()
     free()
-    steps, marks, log = 4 if bench.trivial else 240, [], sft._Trainer.log
+    steps, marks, log = 4 if bench.trivial else 480, [], sft._Trainer.log
 
     def marked(self, logs, *args, **kwargs):     # the loss was read just before, so the device is done
         if "loss" in logs: marks.append((self.state.global_step, time.perf_counter()))
@@ -469,14 +480,33 @@ def supervised(bench, batch):
                                   warmup_steps=2, disable_tqdm=True, bf16=CUDA)
         if config.dataloader_num_workers: config.dataloader_prefetch_factor = 1
         # Short blocks, so that what was made ahead is used up long before the last step, and production has to keep pace
-        with mock.patch.object(samples, "WINDOW", 4), mock.patch.object(sft._Trainer, "log", marked):
+        with mock.patch.object(samples, "WINDOW", 8), mock.patch.object(sft._Trainer, "log", marked):
             sft.train_policy(config)
         rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
     logs = [row for row in rows if "data/wait_share" in row]
-    (first, start), (last, end) = marks[0], marks[-1]
+    (first, start), (last, end) = marks[len(marks) // 2 - 1], marks[-1]
     seconds = (end - start) / (last - first)
     return dict(seconds=seconds, problems_per_second=batch / seconds, bf16=config.bf16,
                 workers=config.dataloader_num_workers, wait_share=logs[-1]["data/wait_share"])
+
+
+def plans():
+    "First and second call of masked attention, forward and backward, at eight shapes: with cuDNN's and without"
+    from bgrpo_nb.search.beam_tree import without_attention_plans
+    row = {}
+    kernels = ("cudnn", nullcontext, range(401, 409)), ("others", without_attention_plans, range(409, 417))
+    for name, around, lengths in kernels:
+        times = {"first": [], "second": []}
+        for L, of_call in itertools.product(lengths, times.values()):
+            x = [torch.randn(8, 8, L, 64, device=DEVICE, dtype=BF16, requires_grad=True) for _ in range(3)]
+            mask = torch.zeros(8, 1, L, L, device=DEVICE, dtype=BF16)
+            wait()
+            start = time.perf_counter()
+            with around(): torch.nn.functional.scaled_dot_product_attention(*x, attn_mask=mask).sum().backward()
+            wait()
+            of_call.append(time.perf_counter() - start)
+        row |= {f"{name}_{call}_seconds": statistics.median(seconds) for call, seconds in times.items()}
+    return row
 
 
 # Cases and goals
@@ -508,9 +538,10 @@ def cases(sizes, rate, quick=False):
     yield from (searching(name, half, K0, B, P, C, forms) for name in names for B in few)
     yield from (slopes(groups, P, 2 * C) for groups in (1, 4))
     yield Case("step 6x512, float32", 15 if quick else 60, lambda b: step(b, FP32, kinds))
-    yield from (Case(f"supervised batch={n}", s, partial(lambda n, b: supervised(b, n), n))
-                for n, s in zip(sizes.supervised, (25, 50)))
     if CUDA: yield Case("step 6x512, bfloat16", 15 if quick else 60, lambda b: step(b, BF16, kinds))
+    yield from (Case(f"supervised batch={n}", s, partial(lambda n, b: supervised(b, n), n))
+                for n, s in zip(sizes.supervised, (30, 50)))
+    if CUDA: yield Case("attention plans", 15, lambda b: plans())
     yield from (Case(f"{package} {names[1]} K={K0}", 90, partial(server_case, package, names[1], K0, P, C))
                 for package in SERVER if importlib.util.find_spec(package) or not CUDA)
     rest = itertools.product(names, sizes.beams, sizes.prompts)
@@ -534,6 +565,8 @@ def goals(done, sizes):
         case = f"search {size} {half} K={K} B={B} P={P} C={C}"
         yield f"search {size}, B={B}: times generate", ">=", 6, of(case, "times")
         yield f"search {size}, B={B}: a step over its matrix products", "<=", 1.3, of(case, "step_over_products")
+        captured = of(case, "step_over_captured_products")
+        yield f"search {size}, B={B}: a step over these as a graph", "<=", 1.3, captured
     for kind in ("float32", "bfloat16"):
         case = f"step 6x512, {kind}"
         yield f"{case}: times TRL with beams of generate, one prompt a time", ">=", 20, of(case, "times_trl_beams")
@@ -570,7 +603,12 @@ def summary(results, sizes):
 
 def attempt(case, bench):
     "A row of the record, whatever happens"
-    try: return rounded(case.run(bench))
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            row = rounded(case.run(bench))
+        said = dict.fromkeys(str(w.message)[:200] for w in caught if w.category is UserWarning)
+        return row | (dict(warned=list(said)[:5]) if said else {})
     except torch.OutOfMemoryError: found = dict(failed="out of memory")
     except ImportError as e: found = dict(left_out=f"a package is missing: {e}")
     except Exception as e: found = dict(failed=f"{type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ''}")

@@ -1604,6 +1604,8 @@ d = {
     ('beam_tree.html#_treelayer.grow', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._TreeLayer.update':
     ('beam_tree.html#_treelayer.update', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._forward':
+    ('beam_tree.html#_forward', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._has_sinks':
     ('beam_tree.html#_has_sinks', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._inside':
@@ -1670,6 +1672,8 @@ d = {
     ('captured_search.html#_recorder', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._Recorder.__init__':
     ('captured_search.html#_recorder.__init__', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._Recorder.bytes':
+    ('captured_search.html#_recorder.bytes', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._Recorder.record':
     ('captured_search.html#_recorder.record', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._Watch':
@@ -1684,10 +1688,10 @@ d = {
     ('captured_search.html#_watch._seen', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._bytes':
     ('captured_search.html#_bytes', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._clean_up':
+    ('captured_search.html#_clean_up', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._difference':
     ('captured_search.html#_difference', 'bgrpo_nb/search/captured.py'),
-   'bgrpo_nb.search.captured._draw_again':
-    ('captured_search.html#_draw_again', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._free_bytes':
     ('captured_search.html#_free_bytes', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._is_known':
@@ -1714,6 +1718,8 @@ d = {
     ('captured_search.html#_reported_waits', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._settings':
     ('captured_search.html#_settings', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._shared_bytes':
+    ('captured_search.html#_shared_bytes', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._surroundings':
     ('captured_search.html#_surroundings', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._tensors':

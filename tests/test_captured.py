@@ -163,6 +163,12 @@ def test_memory_is_bounded_and_given_back(stage, monkeypatch):
     assert not kept()                                            # too large to keep, and found all the same
     monkeypatch.undo()
     search(2)
+    monkeypatch.setattr(captured, "_shared_bytes", lambda: 2**50 if captured._GRAPHS else 0)
+    monkeypatch.setattr(captured, "_most_bytes", lambda device: 2**40)
+    search(3)
+    assert not kept()                                            # nor what graphs work in
+    monkeypatch.undo()
+    search(2)
     release_graphs()
     assert not captured._GRAPHS and not captured._COPIES
 
@@ -463,7 +469,7 @@ def test_on_a_device_a_recording_that_fails_leaves_all_as_it_was():
     with pytest.raises(RuntimeError): captured._record(waits, device)
     assert torch.cuda.current_stream() == stream and torch.rand(3, device="cuda").isfinite().all()
     x = torch.zeros(3, device="cuda")
-    replay, _ = captured._record(lambda: x.add_(1), device)
+    replay = captured._record(lambda: x.add_(1), device)
     replay()
     torch.cuda.synchronize()
     assert x.tolist() == [1, 1, 1]

@@ -13,11 +13,12 @@ from functools import lru_cache, wraps
 import pytest
 import torch
 import transformers as T
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bgrpo_nb.search import generation, packed_weights as packed
+from bgrpo_nb.search import beam_tree, generation, packed_weights as packed
 from bgrpo_nb.search.beam_tree import TREE_ATTENTION, TreeCache, why_no_tree
 from bgrpo_nb.search.generation import beam_search, greedy, sample
 from bgrpo_nb.solve.grammar import PrefixGrammar
@@ -395,6 +396,21 @@ def test_the_probe_measures_against_the_spread_of_the_logits(scale):
 
 
 @pytest.mark.filterwarnings("ignore:.*without a beam tree")
+def test_a_probe_allows_what_autocast_rounds_and_no_more():
+    "As a trainer prepares a model: products in bf16, weights and logits in float32"
+    prompts, mask, path = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.ones(2, 3), torch.tensor([[6, 7], [8, 9]])
+    def answer(model, share):
+        found = torch.stack([model(input_ids=torch.cat([prompts[b], path[b, [1, 1]]])[None]).logits[0, -1] for b in (0, 1)])
+        return beam_tree.differs(model, found + share * found.abs().amax(-1, keepdim=True), prompts, mask, path)
+    with torch.no_grad():
+        model = deepcopy(family("llama"))
+        assert answer(model, 0) is None and answer(model, 0.025)
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        assert prepared(input_ids=prompts).logits.dtype == torch.float32 == prepared.dtype
+        assert answer(prepared, 0.025) is None and answer(prepared, 0.2)
+        assert not any(m._forward_hooks for m in prepared.modules())
+
+
 def test_a_term_that_grows_in_training_is_found_by_another_probe():
     "A bias by slot is near 0 at first; a tree has other slots. Small steps ask for few probes, and large weights for one"
     class Hidden(T.LlamaForCausalLM):

@@ -138,6 +138,7 @@ def _over_the_trie(self: TrieGradientsTrainer, teaching, model, input_ids, atten
                           self._renormalizing(), self.args.trie_attention)
     if teaching is None or teaching.all(): return of(slice(None))
     with torch.no_grad(): silent = of(~teaching)
+    torch.clear_autocast_cache()     # weights that were cast without gradients are not those of the rows that teach
     if not teaching.any(): return silent
     order = torch.cat([teaching.nonzero(), (~teaching).nonzero()])[:, 0].argsort()
     return tuple(torch.cat(parts)[order] for parts in zip(of(teaching), silent))

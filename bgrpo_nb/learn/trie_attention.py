@@ -448,6 +448,7 @@ def form_for(model,                # wrapped or not
         name, _ = choose_form(asked, facts, {form: fault for form, fault in tried.items() if fault})
         if name == "dense" or name in tried: return name
         with _apart_from_checkpoints(): tried[name] = fault = _fault(name, plain, dtype, device)
+        torch.clear_autocast_cache()                                # of weights that were cast without gradients
         if fault and asked == "auto":
             warnings.warn(f"{type(plain).__name__}: attention over tries does without {name}, which would save time "
                           f"and memory; {fault}")

@@ -388,17 +388,27 @@ def _has_sinks(model) -> bool:
     "Attention sinks: a learned logit of each head in the denominator of its softmax"
     return any("sink" in name.rpartition(".")[2] for name, _ in model.named_parameters())
 
-def _tolerance(logits: Tensor, dtype) -> Tensor: # (V,) float32, from a model of that dtype
+def _tolerance(logits: Tensor, dtype) -> Tensor: # (V,) float32, from products in that dtype
     "A hundredth of the logits' standard deviation, and what rounding alone may change"
     rounding = 8 * torch.finfo(dtype).eps * logits.abs().max()
     return 0.01 * logits.std() + rounding
+
+def _forward(model, row: Tensor): # (1, T) long -> (V,) float32 logits of the next token, and the dtype of products
+    "A plain forward; autocast may be in there, under weights in float32 and logits that are made float32 again"
+    head, seen = model.get_output_embeddings(), [model.dtype]
+    def note(module, inputs, output): seen.append(output.dtype)
+    hook = None if head is None else head.register_forward_hook(note)
+    try: logits = model(input_ids=row).logits[0, -1].float()
+    finally:
+        if hook is not None: hook.remove()
+    return logits, max(seen, key=lambda dtype: torch.finfo(dtype).eps)
 
 def differs(model, found: Tensor, prompts, mask, path) -> str | None: # (2, V) logits of the second beam
     "Whether logits of a probe are not those of plain forwards"
     for b in range(2):
         row = torch.cat([prompts[b][mask[b].bool()], path[b, [1, 1]]])[None]
-        plain = model(input_ids=row).logits[0, -1].float()
-        if not (found[b] - plain).abs().max() <= _tolerance(plain, model.dtype): # NaN differs too
+        plain, dtype = _forward(model, row)
+        if not (found[b] - plain).abs().max() <= _tolerance(plain, dtype): # NaN differs too
             return "its logits over a tree differ from its own"
 
 @torch.no_grad()

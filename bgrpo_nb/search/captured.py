@@ -30,8 +30,8 @@ of search run as usual, and are watched.
 
 `Recording` is a search whose memory stays, with its graph. Graphs of one stream share the memory for what is
 computed within a step; nothing in there is read after it. When the last of them is gone, that memory is left to
-PyTorch, and the next recording takes other memory: PyTorch 2.11 fails where memory of graphs that are gone is used
-again (issue 175276).
+PyTorch, and the next recording takes other memory: PyTorch refuses to use it again while a workspace of cuBLAS
+lies in it.
 
 ## Lengths that share a recording
 
@@ -60,7 +60,7 @@ __all__ = ['FEWEST_STEPS', 'MOST_GRAPHS', 'MOST_MEMORY', 'SMALL', 'Form', 'choos
 # %% ../../nbs/03g_captured_search.ipynb #03g00003
 import warnings
 from collections.abc import Callable, Hashable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -230,7 +230,8 @@ def _reported_waits(device: torch.device): # yields a list, which fills when the
     finally: torch.cuda.set_sync_debug_mode(before)
     for w in caught:
         if "synchronizing CUDA operation" in str(w.message): found.append(f"{Path(w.filename).name}:{w.lineno}")
-        else: warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        elif "ynchronization debug mode" not in str(w.message): # that it is a prototype
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 def _place(x: Tensor) -> int: return x.untyped_storage().data_ptr()
 
@@ -243,41 +244,49 @@ def _difference(a: _Watch, b: _Watch) -> str | None:
 # %% ../../nbs/03g_captured_search.ipynb #03g00027
 class _Recorder:
     "What the graphs of a stream share: the stream on which they are recorded, and their memory, used one at a time"
-    def __init__(self, device): self.stream, self.graphs = torch.cuda.Stream(device), WeakSet()
+    def __init__(self): self.stream, self.graphs, self.taken = torch.cuda.Stream(), WeakSet(), 0
+
+    @property
+    def bytes(self) -> int: return self.taken if self.graphs else 0
 
     def record(self, advance: Callable):
         "A CUDA graph; memory of graphs that are all gone is not used again, which PyTorch forbids"
         graph, alive = torch.cuda.CUDAGraph(), next(iter(self.graphs), None)
         pool = torch.cuda.graph_pool_handle() if alive is None else alive.pool()
-        with torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"): advance()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved() - self.bytes
+        try:
+            with torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"): advance()
+        except BaseException:
+            _clean_up(pool)
+            raise
         self.graphs.add(graph)
+        self.taken = max(0, torch.cuda.memory_reserved() - before)
         return graph
+
+def _clean_up(pool):
+    "After a recording that failed: memory comes from the usual place again, and PyTorch's own generator can draw"
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError): torch._C._cuda_endAllocateToPool(device, pool) # PyTorch 2.11 does not do it itself
+    own = torch.cuda.default_generators[device]
+    own.graphsafe_set_state(own.clone_state())
 
 _RECORDERS: dict = {} # stream -> its recorder
 _ONE_AT_A_TIME = Lock()
 
-def _record(advance: Callable, device: torch.device) -> tuple[Callable, int]: # what replays the step, and bytes
-    "The step as a CUDA graph, and the memory that it works in"
+def _record(advance: Callable, device: torch.device) -> Callable: # what replays the step
+    "The step as a CUDA graph"
     with _ONE_AT_A_TIME, torch.cuda.device(device):
         stream = torch.cuda.current_stream()
-        if stream not in _RECORDERS: _RECORDERS[stream] = _Recorder(device)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
+        if stream not in _RECORDERS: _RECORDERS[stream] = _Recorder()
         torch.clear_autocast_cache()            # casts of other code may be gone at a replay
-        try: graph = _RECORDERS[stream].record(advance)
+        try: return _RECORDERS[stream].record(advance).replay
         except BaseException:
             del _RECORDERS[stream]              # the next recording shares nothing with one that failed
-            _draw_again(device)
             raise
         finally:
             torch.cuda.set_stream(stream)       # where PyTorch does not return to it after a failure
             torch.clear_autocast_cache()        # the casts of the recording are no numbers before its first replay
-        return graph.replay, max(0, torch.cuda.memory_reserved() - before)
-
-def _draw_again(device):
-    "PyTorch's own generator, which a failed recording leaves unable to draw"
-    own = torch.cuda.default_generators[torch.cuda.current_device()]
-    own.graphsafe_set_state(own.clone_state())
 
 # %% ../../nbs/03g_captured_search.ipynb #03g00028
 _FOUND = WeakKeyDictionary() # model -> kind of search -> what was found by watching it: an obstacle, or None
@@ -290,7 +299,6 @@ class Recording:
     "A search in memory that stays, and its step as a CUDA graph once that is recorded"
     def __init__(self, search, model):
         self.search, self.replay, self.turn, self.watched, self.why_not = search, None, 0, [], None
-        self.bytes = 0         # that the graph works in, besides the search's own
         self.found = _FOUND.setdefault(model, {})
         self.kind = _kind(model, search.asked.processor, search.asked.constraint)
 
@@ -299,7 +307,7 @@ class Recording:
         if self.replay is not None: return self.replay()
         if self.why_not: return advance()
         if len(self.watched) < (1 if self.kind in self.found else 2): return self._watch(advance)
-        try: self.replay, self.bytes = _record(advance, self.search.scores.device)
+        try: self.replay = _record(advance, self.search.scores.device)
         except torch.OutOfMemoryError: raise
         except RuntimeError as e: self._stop(f"it could not be recorded ({str(e).splitlines()[0][:80]})")
         return advance() if self.replay is None else self.replay()
@@ -398,12 +406,14 @@ def _most_bytes(device) -> float:
 
 def _bytes(recording) -> int:
     storages = {_place(x): x.untyped_storage().nbytes() for x in _tensors(_own(recording.search))}
-    return recording.bytes + sum(storages.values())
+    return sum(storages.values())
+
+def _shared_bytes() -> int: return sum(recorder.bytes for recorder in _RECORDERS.values())
 
 def _limit(most: float): # bytes
     kept = [(r.turn, _bytes(r), of_model, key) for of_model in list(_GRAPHS.values()) for key, r in of_model.items()]
     kept.sort(key=lambda entry: entry[0])
-    while len(kept) > MOST_GRAPHS or sum(entry[1] for entry in kept) > most:
+    while kept and (len(kept) > MOST_GRAPHS or _shared_bytes() + sum(entry[1] for entry in kept) > most):
         _, _, of_model, key = kept.pop(0)
         del of_model[key]
 
@@ -418,7 +428,10 @@ def make_room(device: torch.device):
     "Free the memory of all captured searches unless they hold little, for work that comes between two searches"
     graphs = sum(_bytes(r) for of_model in _GRAPHS.values() for r in of_model.values())
     copies = [x for of_model in _COPIES.values() for pair in of_model.values() for x in pair if x is not None]
-    held = graphs + sum(x.untyped_storage().nbytes() for x in copies)
+    held = _shared_bytes() + graphs + sum(x.untyped_storage().nbytes() for x in copies)
     if held > SMALL * _free_bytes(device): release_graphs()
 
-def _free_bytes(device) -> int: return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+def _free_bytes(device) -> int: # what PyTorch keeps for later is free, too
+    if device.type != "cuda": return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

@@ -128,7 +128,8 @@ def continue_from(start: str, task: Task, arm: Arm, rate: float, seed: int, step
     seconds = []
     with cpu_clock(seconds):
         if arm.config:
-            result = train_policy(SupervisedConfig(**read_yaml(arm.config) | common | dict(max_steps=steps)))
+            own = read_yaml(arm.config) | dict(model=start, output_dir=str(folder)) # its own steps, rate and seed
+            result = train_policy(SupervisedConfig(**common | own))
         elif arm.supervised:
             own = dict(degrees=list(task.degrees), kind=task.kind, held_out=len(task.degrees))
             result = train_policy(SupervisedConfig(**common | own | arm.settings))
@@ -234,7 +235,8 @@ def trained(part: str, start: str, arm: Arm, rate: float, seed: int, folder: Pat
     task, steps = TASKS[part], steps_in(part, start, arm)
     seconds = continue_from(start, task, arm, rate, seed, steps, folder)
     return dict(part=part, start=name_of(start), arm=arm.name, rate=rate, steps=steps, cpu_seconds=round(seconds, 1),
-                validation=greedily(str(folder / "policy"), task.validation(), task.domain), settings=arm.settings,
+                validation=greedily(str(folder / "policy"), task.validation(), task.domain),
+                settings=dict(config=arm.config) if arm.config else arm.settings,
                 **provenance(seed))
 
 
