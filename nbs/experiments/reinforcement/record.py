@@ -3,12 +3,13 @@
     python nbs/experiments/reinforcement/record.py [PART ...] [--seeds 0 1 2]
 
 Parts: `starts` trains the policies that the map begins with, `map` continues from each, `small`, `multivariate` and
-`tiny` continue from the bundled ones of these names, and `hour` from `small` for an hour. Every run of a part has the
-same CPU seconds for its steps. Each arm is tried at several learning rates with the first seed (in the map from two starts alone); the one
-that is best on validation problems is measured, and run again with the other seeds. What is done is kept in
-runs/reinforcement, one folder a run, so a second call, or several at once, continue; what record.json holds is not run
-again. record.json collects the rows: for each run the share of held-out problems that it and its start solve, and the
-paired differences with 95 % intervals. Policies are measured greedily, by ten beams, and by ten samples."""
+`tiny` continue from the bundled ones of these names; `hour` and `hour_multivariate` do so for an hour, or for as long
+as a config of `bgrpo sft` says. Every other run of a part has the same CPU seconds for its steps. Each arm is tried at
+several learning rates with the first seed (in the map from two starts alone); the one that is best on validation
+problems is measured, and run again with the other seeds. What is done is kept in runs/reinforcement, one folder a run,
+so a second call, or several at once, continue; what record.json holds is not run again. record.json collects the rows:
+for each run the share of held-out problems that it and its start solve, and the paired differences with 95 %
+intervals. Policies are measured greedily, by ten beams, and by ten samples."""
 import argparse
 import json
 import os
@@ -32,7 +33,7 @@ from bgrpo_nb.recipes.train import TrainConfig, train_bgrpo
 from bgrpo_nb.solve.beam_filter import search_problems
 from bgrpo_nb.solve.evaluation import bootstrap, evaluate
 
-PARTS = ["starts", "map", "tiny", "small", "multivariate", "hour"]
+PARTS = ["starts", "map", "tiny", "small", "multivariate", "hour", "hour_multivariate"]
 RECORD, OUT = Path(__file__).parent / "record.json", Path("runs/reinforcement")
 LEVELS = (5, 20, 40, 60, 80, 93) # per cent solved greedily, of the starts of the map
 TUNED = (20, 93)                 # those at which learning rates are tried; the others take the rate of the nearest
@@ -75,6 +76,8 @@ TASKS = {
     "tiny": Task(("3_2",), {"3_2": 1200}, {"3_2": 600}, domain="QQ", seconds=150),
 }
 TASKS["hour"] = replace(TASKS["small"], seconds=3600)
+TASKS["hour_multivariate"] = replace(TASKS["multivariate"], seconds=3600)
+STARTS = {"hour": "small", "hour_multivariate": "multivariate"}  # those of other parts have the part's name
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ ARMS = {arm.name: arm for arm in (
     Arm("samples", BY_REWARD, BEAMS | SIXTEEN | dict(rollout="sample")),
     Arm("supervised", BY_LABEL, LABELS, supervised=True),
     Arm("supervised, nine degrees", {"hour": (2e-3,)}, config="configs/sft/small_longer.yaml"),
+    Arm("supervised, fourth part", {"hour_multivariate": (2e-3,)}, config="configs/sft/multivariate_longer.yaml"),
 )}
 
 
@@ -293,7 +297,7 @@ def all_rows(part: str, runs: list, measured: bool) -> list[dict]: # runs: (star
 
 
 def starts_of(part: str) -> dict: # policy -> per cent solved greedily, about
-    if part != "map": return {{"hour": "small"}.get(part, part): 0}
+    if part != "map": return {STARTS.get(part, part): 0}
     chosen = json.loads((OUT / "starts/chosen.json").read_text())
     return {str(OUT / f"starts/{found['name']}/policy"): int(level) for level, found in chosen.items()}
 
