@@ -13,7 +13,6 @@ from functools import lru_cache, wraps
 import pytest
 import torch
 import transformers as T
-from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -405,7 +404,7 @@ def test_a_probe_allows_what_autocast_rounds_and_no_more():
     with torch.no_grad():
         model = deepcopy(family("llama"))
         assert answer(model, 0) is None and answer(model, 0.025)
-        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        prepared = under_autocast(model)
         assert prepared(input_ids=prompts).logits.dtype == torch.float32 == prepared.dtype
         assert answer(prepared, 0.025) is None and answer(prepared, 0.2)
         assert not any(m._forward_hooks for m in prepared.modules())

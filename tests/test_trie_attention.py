@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_generation import under_autocast
 from test_output_head import GPT2, SIZES, V, family, gradient_of
 from test_trl_batching import in_full, pad
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
@@ -127,7 +127,7 @@ def test_a_form_works_under_autocast(form, monkeypatch):
 def test_the_trial_of_a_prepared_model_allows_what_its_precision_rounds(kind, monkeypatch):
     "Accelerate makes float32 of logits that were computed in bf16; a wrong mask is still found"
     monkeypatch.setattr(trie_attention, "Segments", kind)
-    model = Accelerator(mixed_precision="bf16", cpu=True).prepare(load_model("tiny"))
+    model = under_autocast(load_model("tiny"))
     plain = trie_attention._plain(model)
     assert plain(torch.tensor([[1, 2]])).logits.dtype == torch.float32
     assert trie_attention._model_differs("segments", plain, torch.bfloat16, "cpu") is None
@@ -372,7 +372,7 @@ def test_kernels_give_the_log_probabilities_and_gradients_of_rows(name, asked, d
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_pass_their_trial_under_autocast(name, asked):
     "As a trainer prepares a model by default: weights in float32, autocast in its forward, logits made float32"
-    model = Accelerator(mixed_precision="bf16").prepare(for_kernels(name, torch.float32))
+    model = under_autocast(for_kernels(name, torch.float32), "cuda")
     ids, mask, C = (x.to("cuda") if isinstance(x, torch.Tensor) else x for x in pad(SAMPLES))
     with torch.autocast("cuda", torch.bfloat16):
         assert form_for(model, asked, 4096, torch.bfloat16, "cuda") == asked
