@@ -394,7 +394,6 @@ def test_the_probe_measures_against_the_spread_of_the_logits(scale):
     assert "differ" in why_no_tree(Ignoring(T.LlamaConfig(**shape)).eval(), 14)
 
 
-@pytest.mark.filterwarnings("ignore:.*without a beam tree")
 def test_a_probe_allows_what_autocast_rounds_and_no_more():
     "As a trainer prepares a model: products in bf16, weights and logits in float32"
     prompts, mask, path = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.ones(2, 3), torch.tensor([[6, 7], [8, 9]])
@@ -410,6 +409,7 @@ def test_a_probe_allows_what_autocast_rounds_and_no_more():
         assert not any(m._forward_hooks for m in prepared.modules())
 
 
+@pytest.mark.filterwarnings("ignore:.*without a beam tree")
 def test_a_term_that_grows_in_training_is_found_by_another_probe():
     "A bias by slot is near 0 at first; a tree has other slots. Small steps ask for few probes, and large weights for one"
     class Hidden(T.LlamaForCausalLM):

@@ -371,7 +371,7 @@ def _train(config, checkpoint) -> dict: # as of `train_policy`
                   samples=step * config.train_batch_size * config.gradient_accumulation_steps * config.world_size,
                   parameters=sum(p.numel() for p in model.parameters()), **provenance(config.seed))
     if stop.everywhere: return result
-    measured = trainer.evaluate()
+    with without_attention_plans(): measured = trainer.evaluate()
     result |= {name: measured[name] for name in ("eval_loss", "eval_exact_match") if name in measured}
     model.set_attn_implementation(loaded_with)
     if main: _write_policy(config, model, tokenizer)
