@@ -2,9 +2,13 @@
 import importlib.util
 import json
 import os
+import subprocess
 
 import pytest
+import torch
 from conftest import REPO
+
+from bgrpo_nb.policy.model import load_model
 
 SCRIPT = REPO / "nbs/experiments/reinforcement/record.py"
 
@@ -51,7 +55,7 @@ def test_what_is_recorded_is_not_run_again(experiment, tmp_path, monkeypatch):
     experiment.run_part("tiny", [0], arms(experiment, "mean"))
     assert not experiment.runs
     experiment.run_part("tiny", [0, 1], arms(experiment, "mean"))
-    assert [seed for *_, seed, _ in experiment.runs] == [99, 1]
+    assert [seed for *_, seed, _ in experiment.runs] == [1]                  # steps are those of the record
     experiment.collect()
     assert len(json.loads(experiment.RECORD.read_text())["rows"]) == 4
 
@@ -81,3 +85,13 @@ def test_paired_shares(experiment):
     found = experiment.compared([0, 0, 1, 1] * 50, [0, 1, 1, 1] * 50)
     assert (found["n"], found["before"], found["after"], found["change"]) == (200, 50, 75, 25)
     assert found["interval"][0] < 25 < found["interval"][1]
+
+
+def test_a_policy_of_the_past_is_read_from_git_history(experiment):
+    _, revision = experiment.EARLIER["small, four parts"]
+    if subprocess.run(["git", "-C", REPO, "cat-file", "-e", revision], capture_output=True).returncode:
+        pytest.skip("needs a clone with the whole history")
+    start, = experiment.starts_of("small")
+    assert experiment.name_of(start) == "small, four parts" and experiment.earlier_policy("small, four parts") == start
+    assert sum(map(torch.numel, load_model(start).parameters())) == sum(map(torch.numel, load_model("small").parameters()))
+    assert any(not torch.equal(*pair) for pair in zip(load_model(start).parameters(), load_model("small").parameters()))

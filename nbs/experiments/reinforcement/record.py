@@ -2,11 +2,12 @@
 
     python nbs/experiments/reinforcement/record.py [PART ...] [--seeds 0 1 2]
 
-Parts: `starts` trains the policies that the map begins with, `map` continues from each, `small`, `multivariate` and
-`tiny` continue from the bundled ones of these names; `hour` and `hour_multivariate` do so for an hour, or for as long
-as a config of `bgrpo sft` says. Every other run of a part has the same CPU seconds for its steps. Each arm is tried at
-several learning rates with the first seed (in the map from two starts alone); the one that is best on validation
-problems is measured, and run again with the other seeds. What is done is kept in runs/reinforcement, one folder a run,
+Parts: `starts` trains the policies that the map begins with, `map` continues from each, `tiny` from the bundled one of
+that name, `small` and `multivariate` from these as they were before their last part of training, which git history
+holds; `hour` and `hour_multivariate` do so for an hour, or for as long as a config of `bgrpo sft` says. Every other run
+of a part has the same CPU seconds for its steps. Each arm is tried at several learning rates with the first seed (in
+the map from two starts alone); the one that is best on validation problems is measured, and run again with the other
+seeds, for as many steps. What is done is kept in runs/reinforcement, one folder a run,
 so a second call, or several at once, continue; what record.json holds is not run again. record.json collects the rows:
 for each run the share of held-out problems that it and its start solve, and the paired differences with 95 %
 intervals. Policies are measured greedily, by ten beams, and by ten samples."""
@@ -14,9 +15,12 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
+import tarfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from statistics import mean
 
@@ -35,6 +39,7 @@ from bgrpo_nb.solve.evaluation import bootstrap, evaluate
 
 PARTS = ["starts", "map", "tiny", "small", "multivariate", "hour", "hour_multivariate"]
 RECORD, OUT = Path(__file__).parent / "record.json", Path("runs/reinforcement")
+REPO = Path(__file__).parents[3]
 LEVELS = (5, 20, 40, 60, 80, 93) # per cent solved greedily, of the starts of the map
 TUNED = (20, 93)                 # those at which learning rates are tried; the others take the rate of the nearest
 NINE = tuple(f"{outer}_{inner}" for outer in (2, 3, 4) for inner in (2, 3, 4))
@@ -77,7 +82,9 @@ TASKS = {
 }
 TASKS["hour"] = replace(TASKS["small"], seconds=3600)
 TASKS["hour_multivariate"] = replace(TASKS["multivariate"], seconds=3600)
-STARTS = {"hour": "small", "hour_multivariate": "multivariate"}  # those of other parts have the part's name
+EARLIER = {"small, four parts": ("small", "67ef06d"), "multivariate, three parts": ("multivariate", "cd24715")}
+STARTS = {"tiny": "tiny", "small": "small, four parts", "hour": "small, four parts",
+          "multivariate": "multivariate, three parts", "hour_multivariate": "multivariate, three parts"}
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,16 @@ LABELS = dict(lr_scheduler_type="linear", lr_scheduler_kwargs={}, warmup_steps=1
 LOW, HIGH = (1e-5, 5e-5, 2e-4), (1e-4, 3e-4, 1e-3)
 BY_REWARD = {"map": (5e-5, 2e-4), "tiny": HIGH, "small": LOW, "multivariate": LOW}
 NOT_THE_MAP = {part: rates for part, rates in BY_REWARD.items() if part != "map"}
-GOOD_STARTS = {"small": LOW, "multivariate": LOW}
+THE_LIST = {"small": LOW} # other ways to use the list of beams, from a good policy
 BY_LABEL = {"map": (3e-4, 1e-3), "tiny": (2e-4, 6e-4, 2e-3), "small": (1e-4, 3e-4, 1e-3),
             "multivariate": (1e-4, 3e-4, 1e-3)}
 SIXTEEN, FOUR = dict(num_generations=16, prompts_per_step=32), dict(num_generations=4, prompts_per_step=128)
 ARMS = {arm.name: arm for arm in (
     Arm("mean", BY_REWARD, BEAMS | SIXTEEN),
-    Arm("mean, one form", GOOD_STARTS, BEAMS | SIXTEEN | dict(canonical_only=True)),
+    Arm("mean, one form", THE_LIST, BEAMS | SIXTEEN | dict(canonical_only=True)),
+    Arm("mean, credit once", THE_LIST, BEAMS | SIXTEEN | dict(credit_once=True)),
+    Arm("tempered", THE_LIST, BEAMS | SIXTEEN | dict(baseline="tempered")),
+    Arm("siblings", THE_LIST, BEAMS | SIXTEEN | dict(baseline="siblings")),
     Arm("violations", NOT_THE_MAP, BEAMS | FOUR | dict(baseline="violations")),
     Arm("minimum risk", BY_REWARD | {"hour": (5e-5,)}, BEAMS | FOUR | dict(baseline="minimum_risk")),
     Arm("minimum risk, 16 beams", {"map": (5e-5,)}, BEAMS | SIXTEEN | dict(baseline="minimum_risk")),
@@ -145,7 +155,7 @@ def continue_from(start: str, task: Task, arm: Arm, rate: float, seed: int, step
     return seconds[0]
 
 
-def file_name(arm: Arm) -> str: return arm.name.replace(",", "").replace(" ", "_")
+def file_name(name: str) -> str: return name.replace(",", "").replace(" ", "_")
 
 
 def name_of(policy: str) -> str:
@@ -153,10 +163,27 @@ def name_of(policy: str) -> str:
     return path.parent.name if path.name == "policy" else path.name
 
 
-def steps_in(task_name: str, start: str, arm: Arm) -> int:
-    "Optimizer steps that take the task's seconds, from a few steps that are timed once"
+def earlier_policy(name: str) -> str:
+    "The folder of a policy that was bundled once, taken from git history"
+    bundled, revision = EARLIER[name]
+    folder = OUT / "starts" / name / "policy"
+    if folder.exists(): return str(folder)
+    shown = subprocess.run(["git", "-C", REPO, "archive", f"{revision}:bgrpo_nb/assets/{bundled}"], capture_output=True)
+    if shown.returncode: raise SystemExit(f"{name!r} is in git history alone, at {revision}: use a whole clone")
+    new = folder.with_name(f"policy-{os.getpid()}")
+    with tarfile.open(fileobj=BytesIO(shown.stdout)) as files: files.extractall(new, filter="data")
+    try: new.rename(folder)
+    except OSError: shutil.rmtree(new) # another process was first
+    return str(folder)
+
+
+def steps_in(task_name: str, start: str, arm: Arm, rate: float) -> int:
+    "Optimizer steps: those that were recorded, else as many as take the task's seconds, from a few that are timed once"
     if arm.config: return read_yaml(arm.config)["max_steps"]
-    file = OUT / task_name / f"speed-{name_of(start)}-{file_name(arm)}.json"
+    recorded = [row for row in known_rows().values()
+                if (row["part"], row["start"], row["arm"]) == (task_name, name_of(start), arm.name)]
+    if recorded: return max(recorded, key=lambda row: row["rate"] == rate)["steps"]
+    file = OUT / task_name / f"speed-{file_name(name_of(start))}-{file_name(arm.name)}.json"
     if not file.exists():
         trial = file.with_name(f"{file.stem}-{os.getpid()}")
         seconds = continue_from(start, TASKS[task_name], arm, 1e-9, 99, 8, trial)
@@ -181,7 +208,7 @@ def answers(policy: str, task: Task) -> dict: # degrees -> lists of 0 and 1, one
 
 
 def of_start(policy: str, task_name: str) -> dict:
-    file = OUT / task_name / f"answers-{name_of(policy)}.json"
+    file = OUT / task_name / f"answers-{file_name(name_of(policy))}.json"
     if not file.exists(): write_json(file, answers(policy, TASKS[task_name]))
     return json.loads(file.read_text())
 
@@ -214,7 +241,7 @@ def key_of(row: dict) -> tuple:
 
 
 def folder_of(part: str, start: str, arm: Arm, rate: float, seed: int) -> Path:
-    return OUT / part / f"{name_of(start)}-{file_name(arm)}-{rate:g}-{seed}"
+    return OUT / part / f"{file_name(name_of(start))}-{file_name(arm.name)}-{rate:g}-{seed}"
 
 
 def run_of(part: str, start: str, arm: Arm, rate: float, seed: int, measured: bool) -> dict | None: # None: not yet
@@ -236,7 +263,7 @@ def run_of(part: str, start: str, arm: Arm, rate: float, seed: int, measured: bo
 
 def trained(part: str, start: str, arm: Arm, rate: float, seed: int, folder: Path) -> dict:
     if folder.exists(): shutil.rmtree(folder)        # of a process that was killed
-    task, steps = TASKS[part], steps_in(part, start, arm)
+    task, steps = TASKS[part], steps_in(part, start, arm, rate)
     seconds = continue_from(start, task, arm, rate, seed, steps, folder)
     return dict(part=part, start=name_of(start), arm=arm.name, rate=rate, steps=steps, cpu_seconds=round(seconds, 1),
                 validation=greedily(str(folder / "policy"), task.validation(), task.domain),
@@ -297,7 +324,9 @@ def all_rows(part: str, runs: list, measured: bool) -> list[dict]: # runs: (star
 
 
 def starts_of(part: str) -> dict: # policy -> per cent solved greedily, about
-    if part != "map": return {STARTS.get(part, part): 0}
+    if part != "map":
+        start = STARTS[part]
+        return {earlier_policy(start) if start in EARLIER else start: 0}
     chosen = json.loads((OUT / "starts/chosen.json").read_text())
     return {str(OUT / f"starts/{found['name']}/policy"): int(level) for level, found in chosen.items()}
 
