@@ -1698,6 +1698,8 @@ d = {
     ('captured_search.html#_is_known', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._kept':
     ('captured_search.html#_kept', 'bgrpo_nb/search/captured.py'),
+   'bgrpo_nb.search.captured._kept_on':
+    ('captured_search.html#_kept_on', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._kind':
     ('captured_search.html#_kind', 'bgrpo_nb/search/captured.py'),
    'bgrpo_nb.search.captured._limit':
@@ -1948,6 +1950,8 @@ d = {
     ('out_of_memory.html#_tried', 'bgrpo_nb/search/memory.py'),
    'bgrpo_nb.search.memory.free_memory':
     ('out_of_memory.html#free_memory', 'bgrpo_nb/search/memory.py'),
+   'bgrpo_nb.search.memory.frees_memory':
+    ('out_of_memory.html#frees_memory', 'bgrpo_nb/search/memory.py'),
    'bgrpo_nb.search.memory.halved':
     ('out_of_memory.html#halved', 'bgrpo_nb/search/memory.py'),
    'bgrpo_nb.search.memory.in_parts':

@@ -161,14 +161,22 @@ def test_memory_is_bounded_and_given_back(stage, monkeypatch):
     monkeypatch.setattr(captured, "_most_bytes", lambda device: 1)
     same(beams(model, PROMPTS, MASK), beams(model, PROMPTS, MASK, static=True), 1e-5)
     assert not kept()                                            # too large to keep, and found all the same
-    monkeypatch.undo()
-    search(2)
-    monkeypatch.setattr(captured, "_shared_bytes", lambda: 2**50 if captured._GRAPHS else 0)
     monkeypatch.setattr(captured, "_most_bytes", lambda device: 2**40)
-    search(3)
-    assert not kept()                                            # nor what graphs work in
-    monkeypatch.undo()
     search(2)
+    assert kept() == [2]
+    with monkeypatch.context() as shared:
+        shared.setattr(captured, "_shared_bytes", lambda device: 2**50 if captured._GRAPHS else 0)
+        search(3)
+    assert not kept()                                            # nor what graphs work in
+    search(2)
+    monkeypatch.setattr(captured, "_most_bytes", lambda device: 1)
+    captured._limit(torch.device("cuda:1"))                      # each device has its own share
+    assert kept() == [2]
+    captured._limit(torch.device("cpu"))
+    assert not kept()
+    monkeypatch.setattr(captured, "_most_bytes", lambda device: 2**40)
+    search(2)
+    assert kept() == [2]
     release_graphs()
     assert not captured._GRAPHS and not captured._COPIES
 

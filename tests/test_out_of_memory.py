@@ -11,6 +11,7 @@ from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.learn.trainer import BGRPOTrainer
 from bgrpo_nb.policy.model import load_tokenizer, new_model
 from bgrpo_nb.search import captured, generation, memory
+from bgrpo_nb.search.beam_rows import why_no_cache
 from bgrpo_nb.search.beam_tree import why_no_tree
 from bgrpo_nb.search.captured import release_graphs
 from bgrpo_nb.search.generation import beam_search, greedy, sample
@@ -82,14 +83,33 @@ def test_samples_of_a_halved_search_are_those_of_its_halves():
         memory._TOLD.clear()
 
 
-def test_a_probe_that_runs_out_of_memory_says_nothing_about_the_model():
+SHORTAGES = [torch.OutOfMemoryError("CUDA out of memory. "), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"),
+             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda e: str(e)[:30])
+@pytest.mark.parametrize("why_not", [why_no_tree, why_no_cache])
+def test_a_probe_that_runs_out_of_memory_says_nothing_about_the_model(why_not, shortage):
     model, calls = deepcopy(family("llama")), []
     def once(module, args, kwargs):
         calls.append(1)
-        if len(calls) == 1: raise torch.OutOfMemoryError("CUDA out of memory. ")
+        if len(calls) == 1: raise shortage
     model.register_forward_pre_hook(once, with_kwargs=True)
-    with pytest.raises(torch.OutOfMemoryError): why_no_tree(model, 20)
-    assert why_no_tree(model, 20) is None
+    with pytest.raises(RuntimeError, match="(?i)memory|ALLOC_FAILED") as caught: why_not(model, 20)
+    assert caught.value is shortage and why_not(model, 20) is None
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES, ids=lambda e: str(e)[:30])
+def test_a_recording_that_runs_out_of_memory_is_tried_again(stage, monkeypatch, shortage):
+    model, record, fails = deepcopy(family("llama")), captured._record, [shortage]
+    def short_of_memory(*args):
+        if fails: raise fails.pop()
+        return record(*args)
+    monkeypatch.setattr(captured, "_record", short_of_memory)
+    with pytest.warns(UserWarning, match="lower .* for good"):
+        found = beam_search(model, PROMPTS, MASK, num_beams=2, **HOW)
+    plain = beam_search(model, PROMPTS, MASK, num_beams=2, static=True, **HOW)
+    assert torch.equal(found.sequences, plain.sequences) and stage.replays
 
 
 def test_what_cannot_be_halved_says_so_in_one_line():

@@ -47,6 +47,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 # %% ../../nbs/02d_beam_rows.ipynb #71309722
 from .beam_tree import differs, frequencies_change, probed, without_wrappers
+from .memory import is_out_of_memory
 
 # %% ../../nbs/02d_beam_rows.ipynb #ca3bfe90
 class BeamRows:
@@ -148,8 +149,9 @@ def _probe_rows(model) -> str | None:
         _, paths = rows.extend(path, rows.paths(2))
         return rows.extend(path.flip(1), paths[:, [1, 1]])[0][:, 0]
     try: return differs(model, on_rows(model, prompts, mask, 2, 4, steps), prompts, mask, path)
-    except torch.OutOfMemoryError: raise                   # which says nothing about the model
-    except Exception as e: return f"it has no cache that can be reordered ({type(e).__name__})"
+    except Exception as e:
+        if is_out_of_memory(e): raise                      # which says nothing about the model
+        return f"it has no cache that can be reordered ({type(e).__name__})"
 
 def why_no_cache(model, length: int, # tokens of the longest prompt and completion together
                  ) -> str | None:

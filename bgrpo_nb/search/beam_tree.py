@@ -76,6 +76,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+# %% ../../nbs/02a_beam_tree.ipynb #02a0mem5
+from .memory import is_out_of_memory
+
 # %% ../../nbs/02a_beam_tree.ipynb #7d072440
 class _Room:
     "Where the layers of a cache write next, and how far they have written"
@@ -421,8 +424,8 @@ def _probe(model) -> str | None:
     path = torch.tensor([[6, 7], [8, 9]], device=device) % V
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
     try: return differs(model, _probe_logits(model, prompts, mask, path), prompts, mask, path)
-    except torch.OutOfMemoryError: raise                   # which says nothing about the model
     except Exception as e:
+        if is_out_of_memory(e): raise                      # which says nothing about the model
         first_line = str(e).splitlines()[0][:80] if str(e) else ""
         return f"it does not accept a tree ({type(e).__name__}: {first_line})"
 

@@ -40,7 +40,7 @@ the same padding on the left that a batch has anyway: no token attends to it.
 
 ## What stays in memory
 
-Four recordings at most, and an eighth of the device's memory; the least recently used goes first.
+On each device four recordings at most, and an eighth of its memory; the least recently used goes first.
 
 ## Pitfalls
 
@@ -79,6 +79,7 @@ from transformers.generation import logits_process
 # %% ../../nbs/03g_captured_search.ipynb #03g00005
 from .beam_tree import BeamTree, without_wrappers
 from .constraints import Constraint
+from .memory import frees_memory, is_out_of_memory
 
 # %% ../../nbs/03g_captured_search.ipynb #03g00010
 FEWEST_STEPS = 8 # tokens of a search; fewer do not pay for the recording
@@ -308,8 +309,9 @@ class Recording:
         if self.why_not: return advance()
         if len(self.watched) < (1 if self.kind in self.found else 2): return self._watch(advance)
         try: self.replay = _record(advance, self.search.scores.device)
-        except torch.OutOfMemoryError: raise
-        except RuntimeError as e: self._stop(f"it could not be recorded ({str(e).splitlines()[0][:80]})")
+        except RuntimeError as e:
+            if is_out_of_memory(e): raise
+            self._stop(f"it could not be recorded ({str(e).splitlines()[0][:80]})")
         return advance() if self.replay is None else self.replay()
 
     def _watch(self, advance):
@@ -398,7 +400,7 @@ def borrowed(model, key: tuple, # of the search; the model's part of the key is 
     recording.search.tree.let_go()
     recording.turn = next(_TURNS)
     if recording.why_not is None: of_model[key] = recording
-    _limit(_most_bytes(device))
+    _limit(device)
 
 def _most_bytes(device) -> float:
     if device.type != "cuda": return float("inf")
@@ -408,15 +410,20 @@ def _bytes(recording) -> int:
     storages = {_place(x): x.untyped_storage().nbytes() for x in _tensors(_own(recording.search))}
     return sum(storages.values())
 
-def _shared_bytes() -> int: return sum(recorder.bytes for recorder in _RECORDERS.values())
+def _shared_bytes(device) -> int:
+    return sum(recorder.bytes for stream, recorder in _RECORDERS.items() if stream.device == device)
 
-def _limit(most: float): # bytes
-    kept = [(r.turn, _bytes(r), of_model, key) for of_model in list(_GRAPHS.values()) for key, r in of_model.items()]
-    kept.sort(key=lambda entry: entry[0])
-    while kept and (len(kept) > MOST_GRAPHS or _shared_bytes() + sum(entry[1] for entry in kept) > most):
-        _, _, of_model, key = kept.pop(0)
+def _kept_on(device) -> list: # (recording, the dictionary that holds it, its key)
+    return [(recording, of_model, key) for of_model in list(_GRAPHS.values()) for key, recording in of_model.items()
+            if recording.search.scores.device == device]
+
+def _limit(device):
+    kept, most = sorted(_kept_on(device), key=lambda entry: entry[0].turn), _most_bytes(device)
+    while kept and (len(kept) > MOST_GRAPHS or _shared_bytes(device) + sum(_bytes(r) for r, *_ in kept) > most):
+        _, of_model, key = kept.pop(0)
         del of_model[key]
 
+@frees_memory
 def release_graphs():
     "Free the memory of all captured searches; the next search records again"
     _GRAPHS.clear()
@@ -426,9 +433,10 @@ SMALL = 1/8 # of the memory that is free
 
 def make_room(device: torch.device):
     "Free the memory of all captured searches unless they hold little, for work that comes between two searches"
-    graphs = sum(_bytes(r) for of_model in _GRAPHS.values() for r in of_model.values())
+    if device.type == "cuda" and device.index is None: device = torch.device("cuda", torch.cuda.current_device())
     copies = [x for of_model in _COPIES.values() for pair in of_model.values() for x in pair if x is not None]
-    held = _shared_bytes() + graphs + sum(x.untyped_storage().nbytes() for x in copies)
+    held = _shared_bytes(device) + sum(_bytes(recording) for recording, *_ in _kept_on(device))
+    held += sum(x.untyped_storage().nbytes() for x in copies if x.device == device)
     if held > SMALL * _free_bytes(device): release_graphs()
 
 def _free_bytes(device) -> int: # what PyTorch keeps for later is free, too
