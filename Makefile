@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-oldest soak load setup lab explorers docs export bench bench-all study
+.PHONY: demo test test-oldest soak load setup lab explorers docs export outputs bench bench-all study
 
 demo: $(READY)
 	@$(BIN)/bgrpo demo
@@ -59,6 +59,12 @@ docs: $(READY)
 export: $(READY)
 	@$(BIN)/python nbs/_build/sync.py
 
+# Every notebook runs and keeps its new outputs: after a change of defaults, of a message, of a bundled policy
+outputs: export OMP_NUM_THREADS := 1
+outputs: $(READY)
+	@CUDA_VISIBLE_DEVICES= $(BIN)/nbdev-test --n-workers 2 --save
+	@$(BIN)/python nbs/_build/sync.py
+
 # Searches, gradients and steps against their rivals, on the GPU if there is one; `make bench ARGS=--quick` in 90 seconds
 bench: $(READY)
 	@$(BIN)/python benchmarks/bench_device.py $(ARGS)
@@ -67,7 +73,7 @@ bench: $(READY)
 bench-all: $(READY)
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
-# BGRPO against GRPO at the size of `tiny`: problems, six sweeps, one analysis, and what the tutorial loads
+# BGRPO against GRPO at the size of `tiny`: problems, eight sweeps, one analysis, and what the tutorial loads
 study: export OMP_NUM_THREADS := 1
 study: $(READY)
 	@mkdir -p runs/study

@@ -7,7 +7,7 @@ A parser reports a wrong flag in one line and suggests the nearest right one.
 ## Flags of a dataclass
 
 `sft` and `train` take every field of their config as a flag, and a YAML file with the same names through
-`--config`; the chapter before reads them. Their help says what each means, its default and its range.
+`--config`; chapter 09b reads them. Their help says what each means, its default and its range.
 
 ## Problems: make and filter
 

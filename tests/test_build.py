@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 nbformat = pytest.importorskip("nbformat")
 REPO = Path(__file__).parent.parent
@@ -257,3 +258,21 @@ def test_title_and_lead_have_a_line_each(path):
     if opening is None or "_explorers" in path.parts: return
     title, lead = [line for line in opening.splitlines() if line.strip()]
     assert title.startswith("# ") and lead.startswith("> ")
+
+
+def chapters() -> list[str]: # in the order of the site's navigation
+    sections = yaml.safe_load((REPO / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    return [page for section in sections if isinstance(section, dict) for page in section["contents"] if "/" not in page]
+
+
+def prose(page: str) -> str: # of a notebook
+    return "\n".join(c.source for c in nbformat.read(REPO / "nbs" / page, 4).cells if c.cell_type == "markdown")
+
+
+def test_chapters_are_in_the_order_of_their_numbers_and_each_leads_to_the_next():
+    found = chapters()
+    assert found == sorted(path.name for path in (REPO / "nbs").glob("[0-9]*.ipynb"))
+    assert re.findall(r"^\| \[\d\d\w? [^\]]*\]\(([^)]*)\)", prose("index.ipynb"), re.M) == found
+    for page, after in zip(found, found[1:]):
+        leads = re.findall(r"\bNext: \[[^\]]*\]\(([^)#]*)", prose(page))
+        assert leads == [after], f"{page}: Next: [...]({after})"

@@ -13,8 +13,8 @@ same seed gives the same problems, and the first ten of a thousand are the ten t
 
 An outer polynomial in `b0`, `b1`, ... is composed with one inner polynomial for each, in a variable of its own, as
 in the published files. Trivial problems are discarded and drawn again. Their degrees tell them: f is made by
-composing the answer, so `verify` could only find a problem too large. It is asked wherever one is larger than all
-before.
+composing the answer, so `verify` could refuse a problem only because it is too large. It is called only for a
+problem that is longer than all before.
 
 ## Files
 

@@ -40,8 +40,9 @@ A policy is saved as a folder in Hugging Face format, with its tokenizer.
 
 ## What a policy was trained on
 
-A policy may say in its `training.json` which problems it was trained on. The bundled ones do, and so does each
-policy that `bgrpo sft` makes or `bgrpo train` continues. A later run then measures whether it still solves them.
+A policy may say in its `training.json` which problems it was trained on. The bundled ones do, and so does a policy
+that `bgrpo sft` makes from generated problems. What is trained further says so where its start does. A later run
+then measures whether it still solves them.
 
 ## What is refused
 

@@ -1,4 +1,4 @@
-"""A policy learns to write the canonical inner polynomial, from problems that are made while it learns.
+r"""A policy learns to write the canonical inner polynomial, from problems that are made while it learns.
 
 ## By hand: the loss of one answer
 
@@ -6,10 +6,15 @@ A policy reads prompt and answer as one row of tokens. At each position it gives
 next token, and the loss is the mean of -log p over the tokens of the answer. A policy with random weights finds
 all 31 words about equally likely, so its loss is near log 31 = 3.4 nats.
 
-## A stream of problems
+## Canonical answers
 
-`ProblemStream` holds the tokens of every sample in the order of training, one small integer per token. A sample is
-a prompt, up to and including `⁇`, and its answer with the `⁇` that ends it.
+A polynomial f = g(h) does not determine h: with $\tilde h = c\,h + d$ there is a $\tilde g$ such that $f = \tilde
+g(\tilde h)$. We train on one form of all these answers: no constant, coprime coefficients, a positive leading one.
+
+## Samples
+
+A sample is a prompt, up to and including `⁇`, and its answer with the `⁇` that ends it. `ProblemStream` turns
+problems into samples, and `collate` makes a batch of them; both are explained in the next chapter.
 
 ## Settings
 
