@@ -276,3 +276,15 @@ def test_chapters_are_in_the_order_of_their_numbers_and_each_leads_to_the_next()
     for page, after in zip(found, found[1:]):
         leads = re.findall(r"\bNext: \[[^\]]*\]\(([^)#]*)", prose(page))
         assert leads == [after], f"{page}: Next: [...]({after})"
+
+
+def test_outputs_are_those_of_a_new_kernel_and_cells_left_out_stay_so(tmp_path):
+    outputs = pytest.importorskip("outputs", reason="needs nbclient")
+    path, code = tmp_path / "a.ipynb", nbformat.v4.new_code_cell
+    nbformat.write(nbformat.v4.new_notebook(cells=[code("x = 6"), code("#| slow\nx = 7"), code("#| eval: false\nx = 8"), code("x")]), path)
+    outputs.run(path)
+    assert [out.data["text/plain"] for c in nbformat.read(path, 4).cells for out in c.outputs] == ["6"]
+    broken = nbformat.v4.new_notebook(cells=[code("y = 1"), code("y / 0")])
+    nbformat.write(broken, path)
+    with pytest.raises(Exception, match="ZeroDivisionError"): outputs.run(path)
+    assert nbformat.read(path, 4).cells[1].outputs == []
