@@ -402,6 +402,8 @@ d = {
     ('config.html#_faults_of_groups', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_names':
     ('config.html#_faults_of_names', 'bgrpo_nb/learn/config.py'),
+   'bgrpo_nb.learn.config._faults_of_precision':
+    ('config.html#_faults_of_precision', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_sampling':
     ('config.html#_faults_of_sampling', 'bgrpo_nb/learn/config.py'),
    'bgrpo_nb.learn.config._faults_of_sizes':
@@ -438,6 +440,8 @@ d = {
     ('exact_resume.html#resumablegrpotrainer._get_train_sampler', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._load_from_checkpoint':
     ('exact_resume.html#resumablegrpotrainer._load_from_checkpoint', 'bgrpo_nb/learn/exact_resume.py'),
+   'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._load_optimizer_and_scheduler':
+    ('exact_resume.html#resumablegrpotrainer._load_optimizer_and_scheduler', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._load_reference':
     ('exact_resume.html#resumablegrpotrainer._load_reference', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer._load_rng_state':
@@ -454,6 +458,8 @@ d = {
     ('exact_resume.html#resumablegrpotrainer.identity', 'bgrpo_nb/learn/exact_resume.py'),
    'bgrpo_nb.learn.exact_resume.ResumableGRPOTrainer.train':
     ('exact_resume.html#resumablegrpotrainer.train', 'bgrpo_nb/learn/exact_resume.py'),
+   'bgrpo_nb.learn.exact_resume._asked_of':
+    ('exact_resume.html#_asked_of', 'bgrpo_nb/learn/exact_resume.py'),
   },
   'bgrpo_nb.learn.finite': {
    'bgrpo_nb.learn.finite.FiniteTrainer':
@@ -554,6 +560,8 @@ d = {
     ('group_rewards.html#grouprewardstrainer._own_advantages', 'bgrpo_nb/learn/group_rewards.py'),
    'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._right_answers':
     ('group_rewards.html#grouprewardstrainer._right_answers', 'bgrpo_nb/learn/group_rewards.py'),
+   'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._totals':
+    ('group_rewards.html#grouprewardstrainer._totals', 'bgrpo_nb/learn/group_rewards.py'),
    'bgrpo_nb.learn.group_rewards.GroupRewardsTrainer._warn_once':
     ('group_rewards.html#grouprewardstrainer._warn_once', 'bgrpo_nb/learn/group_rewards.py'),
    'bgrpo_nb.learn.group_rewards._against_the_others':
@@ -638,6 +646,8 @@ d = {
     ('rewards.html#verifiedreward.verdicts', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards._advantages_of_group':
     ('rewards.html#_advantages_of_group', 'bgrpo_nb/learn/rewards.py'),
+   'bgrpo_nb.learn.rewards._columns_of':
+    ('rewards.html#_columns_of', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.advantages_of':
     ('rewards.html#advantages_of', 'bgrpo_nb/learn/rewards.py'),
    'bgrpo_nb.learn.rewards.balance_rewards':
@@ -700,6 +710,8 @@ d = {
     ('trainer.html#_is_rate', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer._rates_read_from_config':
     ('trainer.html#_rates_read_from_config', 'bgrpo_nb/learn/trainer.py'),
+   'bgrpo_nb.learn.trainer._without_line':
+    ('trainer.html#_without_line', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.load_policy':
     ('trainer.html#load_policy', 'bgrpo_nb/learn/trainer.py'),
    'bgrpo_nb.learn.trainer.whole_model':
@@ -984,6 +996,8 @@ d = {
     ('loading.html#_load_adapters', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading._missing_for_flash':
     ('loading.html#_missing_for_flash', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._one_dtype':
+    ('loading.html#_one_dtype', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading._reach_hub':
     ('loading.html#_reach_hub', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading._read_config':
@@ -1616,6 +1630,8 @@ d = {
     ('beam_tree.html#_probe', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._probe_logits':
     ('beam_tree.html#_probe_logits', 'bgrpo_nb/search/beam_tree.py'),
+   'bgrpo_nb.search.beam_tree._refuse_gated':
+    ('beam_tree.html#_refuse_gated', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._ruled_out':
     ('beam_tree.html#_ruled_out', 'bgrpo_nb/search/beam_tree.py'),
    'bgrpo_nb.search.beam_tree._soft_capped':

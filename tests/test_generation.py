@@ -982,3 +982,11 @@ for search in (lambda: beam_search(model, ids, num_beams=3, max_new_tokens=9, **
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_adapters_that_the_text_switches_on_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[6])
+    model = peft.get_peft_model(deepcopy(family("llama")), config)
+    for search in (beam_search, greedy, sample):
+        with pytest.raises(ValueError, match="activated LoRA.*use plain LoRA"): search(model, PROMPTS, MASK, **NO_END)

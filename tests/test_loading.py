@@ -612,12 +612,13 @@ def by_name(model, tmp_path, steps=1, beta=0.1, quantization_config=None, **sett
 
 
 @pytest.mark.parametrize("settings", [None, dict(dtype="bfloat16"), dict(dtype="auto"), dict(dtype="float32"),
-                                      dict(attn_implementation="eager"), dict(dtype="bfloat16", use_cache=False)], ids=str)
+                                      dict(torch_dtype="bfloat16"), dict(attn_implementation="eager"), dict(dtype="bfloat16", use_cache=False)], ids=str)
 def test_policy_and_reference_are_one_model_at_the_first_step(tmp_path, settings):
     folder = saved(tmp_path / "policy", FAMILIES["llama"], dtype=torch.bfloat16)
     trainer = by_name(str(folder), tmp_path, model_init_kwargs=settings)
     policy, reference = trainer.model, trainer.ref_model
-    wanted = {"auto": "bfloat16"}.get((settings or {}).get("dtype"), (settings or {}).get("dtype", "float32"))
+    asked = (settings or {}).get("torch_dtype") or (settings or {}).get("dtype", "float32")
+    wanted = {"auto": "bfloat16"}.get(asked, asked)
     assert policy.dtype == reference.dtype == getattr(torch, wanted)
     attention = (settings or {}).get("attn_implementation", "sdpa")
     assert policy.config._attn_implementation == reference.config._attn_implementation == attention
@@ -644,6 +645,14 @@ def test_settings_of_loading_reach_both_models_or_are_refused(tmp_path, llama):
     with pytest.raises(ValueError, match="attn_implementation=eager"):
         by_name(model, tmp_path, model_init_kwargs=dict(attn_implementation="eager"))
     by_name(model, tmp_path, model_init_kwargs=dict(dtype="float32"))
+    with pytest.raises(ValueError, match="asks for dtype=bfloat16, and the model in memory has float32"):
+        by_name(model, tmp_path, model_init_kwargs=dict(torch_dtype="bfloat16"))
+    with pytest.raises(ValueError, match="model_init_kwargs has num_hidden_layers, which load a model"):
+        by_name(model, tmp_path, model_init_kwargs=dict(num_hidden_layers=1))
+    assert load_model(llama, device="cpu", torch_dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="one setting"): load_model(llama, dtype="float32", torch_dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype and torch_dtype"):
+        by_name(llama, tmp_path, model_init_kwargs=dict(dtype="float32", torch_dtype="bfloat16"))
     bits = T.BitsAndBytesConfig(load_in_8bit=True)
     with pytest.raises(ValueError, match="in memory already"): by_name(model, tmp_path, quantization_config=bits)
     with pytest.raises(ValueError, match="bitsandbytes"): by_name(llama, tmp_path, quantization_config=bits)

@@ -94,3 +94,10 @@ def test_an_unfinished_completion_is_none():
     tokenizer = load_tokenizer("single")
     ids = encode(tokenizer, ["a ⁇", "^ a"]).input_ids
     assert decode_completions(tokenizer, ids) == ["□ a", None] or decode_completions(tokenizer, ids) == ["a", None]
+
+
+def test_a_completion_ends_at_the_first_of_several_end_tokens():
+    tokenizer = load_tokenizer("single")
+    rows = [[3, 5, 4, 9], [3, 4, 5, 9], [3, 3, 3, 3]]
+    assert decode_completions(tokenizer, rows, [5, 4]) == [tokenizer.decode([3])] * 2 + [None]
+    assert decode_completions(tokenizer, torch.tensor(rows), 5) == [tokenizer.decode([3]), tokenizer.decode([3, 4]), None]

@@ -20,7 +20,8 @@ from bgrpo_nb.policy.model import decode_completions, encode, load_model, load_t
 from bgrpo_nb.algebra.notation import to_sympy
 from bgrpo_nb.algebra.exact_decomposition import decompose_exact
 from bgrpo_nb.algebra.polynomial import Verdict, canonical_inner, degree, verify
-from bgrpo_nb.learn.rewards import REWARDS, advantages_of, balance_rewards, first_of_each, leave_one_out, rewards_of
+from bgrpo_nb.learn.rewards import (
+    REWARDS, VerifiedReward, advantages_of, balance_rewards, first_of_each, leave_one_out, rewards_of)
 from bgrpo_nb.solve.decomposition_reward import decomposition_reward, answer_key
 
 steady = settings(derandomize=True, deadline=None, database=None)
@@ -345,3 +346,13 @@ def test_decompose_many_ways():
 def test_decompose_refuses_in_one_line(wrong, fault):
     with pytest.raises(ValueError, match=fault) as error: decompose(wrong)
     assert "\n" not in str(error.value)
+
+
+def test_a_check_gets_the_columns_that_it_names():
+    prompts, ids, columns = ["a", "b"], [[1, 0], [2, 0]], dict(answer=[1, 3], level=[7, 7])
+    def named(prompts, completion_ids, answer): return [c[0] == a for c, a in zip(completion_ids, answer)]
+    def all_of_them(prompts, completion_ids, **given): return [sorted(given) == ["answer", "level"]] * 2
+    def none(prompts, completion_ids): return [True, True]
+    assert VerifiedReward(named, reward="hit")(prompts, ids, [0, 1], **columns) == [1.0, 0.0]
+    for check in (all_of_them, none): assert VerifiedReward(check, reward="hit")(prompts, ids, [0, 1], **columns) == [1.0, 1.0]
+    with pytest.raises(TypeError, match="answer"): VerifiedReward(named, reward="hit")(prompts, ids, [0, 1])

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+import trl
 from datasets import Dataset, IterableDataset
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,6 +39,9 @@ def prompts(n=12):
     return [" ".join(draw.choices(WORDS, k=2 + i % 4)) for i in range(n)]
 
 
+ALIKE = prompts()[::3]
+
+
 def completion(prompt, member):
     "Its own for each prompt and member; some beginnings shared, some without an end"
     draw = random.Random(f"{prompt} {member // 2}")
@@ -53,7 +57,10 @@ def inject(prompts, trainer):
     return dict(prompt_ids=TOKENS(prompts)["input_ids"], completion_ids=rows, logprobs=None)
 
 
-def by_ids(completion_ids, **columns): return [len(ids) / 8 + 0.3 * (ids[0] % 3) for ids in completion_ids]
+def by_ids(completion_ids, prompts=(), **columns):
+    "All alike in a third of the groups, which have no advantage"
+    paid = [len(ids) / 8 + 0.3 * (ids[0] % 3) for ids in completion_ids]
+    return [1.0 if prompt in ALIKE else x for prompt, x in zip(prompts or paid, paid)]
 def by_length(completion_ids, **columns): return [float(len(ids) % 2) for ids in completion_ids]
 
 
@@ -124,7 +131,7 @@ TRAINED = [ # what is changed, and what else it needs to have an effect
     (dict(delta=1.01), AGAIN), (SEQUENCE, AGAIN), (dict(off_policy_mask_threshold=1e-4), AGAIN),
     (dict(beta=0.05), dict(num_iterations=2, learning_rate=0.3)), (dict(use_bias_correction_kl=False), KL),
     (SYNCED, KL | THREE), (dict(ref_model_mixup_alpha=0.9), SYNCED | KL | THREE),
-    (dict(ref_model_sync_steps=2), SYNCED | KL | THREE),
+    (dict(ref_model_sync_steps=2), SYNCED | KL | THREE | dict(beta=0.1)),
     (dict(top_entropy_quantile=0.5), {}), (dict(entropy_coef=0.1), {}), (ADAPTIVE, THREE),
     (dict(entropy_coef_delta=0.05, entropy_coef_min=0.02), ADAPTIVE), (dict(entropy_coef_max=0.05), ADAPTIVE),
     (dict(entropy_target=0.01), ADAPTIVE),
@@ -172,7 +179,7 @@ def test_full_rows_are_cut_into_micro_batches_as_in_trl(policy, tmp_path, more):
 
 ARRIVES = dict( # settings of Transformers' loop, which nothing here reads or replaces: a value other than the default
     output_dir="elsewhere", optim_args="a=1", optim_target_modules="all-linear", average_tokens_across_devices=False,
-    bf16=True, fp16=True, tf32=True, activation_checkpointing=True,
+    bf16=True, tf32=True, activation_checkpointing=True,
     activation_checkpointing_kwargs=dict(use_reentrant=True), gradient_checkpointing=True,
     gradient_checkpointing_kwargs=dict(use_reentrant=True), torch_compile=True, torch_compile_backend="eager",
     torch_compile_mode="default", use_liger_kernel=True, liger_kernel_config=dict(rope=True), use_cache=True,
@@ -203,6 +210,7 @@ SEEN = { # settings that are compared in a test of their own, below or in anothe
     "chat_template_kwargs": "test_columns_and_chat_templates_as_in_trl",
     "pad_to_multiple_of": "test_settings_that_leave_the_parameters_as_they_are",
     "cast_lm_head_to_fp32": "test_settings_that_leave_the_parameters_as_they_are",
+    "fp16": "test_sizes_and_names_that_contradict_each_other",
     "router_aux_loss_coef": "test_a_router_learns_as_in_trl",
     "log_completions": "test_the_table_of_completions_is_trls",
     "num_completions_to_print": "test_the_table_of_completions_is_trls",
@@ -294,7 +302,11 @@ def test_sizes_follow_from_those_that_are_given(given, prompts_per_step, rows, m
     (dict(steps_per_generation=0), "steps_per_generation=0"), (dict(num_generations_eval=0), "num_generations_eval=0"),
     (dict(activation_checkpointing=BGRPOConfig.gradient_checkpointing,
           gradient_checkpointing=not BGRPOConfig.gradient_checkpointing), "its new name"),
-    (dict(baseline="right_only", multi_objective_aggregation="normalize_then_sum"), "the sum of the rewards")],
+    (dict(baseline="right_only", multi_objective_aggregation="normalize_then_sum"), "the sum of the rewards"),
+    (dict(baseline="right_only", distinct_bonus=0.5), "distinct_bonus=0.5 has no effect"),
+    (dict(baseline="right_only", balance_rewards=True), "balance_rewards=True has no effect"),
+    (dict(trie_elements=2**20, share_prefixes=False), "trie_elements=1048576 is of tries"),
+    (dict(fp16=True), "fp16=True trains in float32 on a CPU")],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_sizes_and_names_that_contradict_each_other(given, says):
     with pytest.raises(ValueError, match=says): BGRPOConfig(use_cpu=True, **given)
@@ -520,3 +532,93 @@ def test_two_steps_of_each_family(name, rollout, checkpointing, tmp_path):
         assert score == pytest.approx(logp(start, TOKENS(prompt)["input_ids"], ids), abs=1e-3)
     assert (ends[0] - parameters(start)).abs().max() > 1e-3
     torch.testing.assert_close(*ends, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("parser", [transformers.HfArgumentParser, trl.TrlParser])
+def test_the_settings_are_read_by_the_parsers_of_scripts(parser, tmp_path):
+    found = parser((BGRPOConfig,))
+    assert "share of the way to the end" in " ".join(found.format_help().split())
+    config, = found.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true", "--num_generations", "8",
+                                                 "--prompts_per_step", "2", "--ema_decay", "0.9"])
+    assert (config.num_generations, config.prompts_per_step, config.ema_decay) == (8, 2, 0.9)
+
+
+def rewards_of_one_step(policy, folder, rewards, more):
+    "What TRL's trainer sums up, and the advantages"
+    trainer = trainer_of("ours", policy, folder, dict(max_steps=1, rollout="sample") | more, rewards=rewards)
+    trainer.train()
+    return trainer.state.log_history[0], list(trainer._logs["advantages"])
+
+
+def wrong(completion_ids, **columns): return [0.0] * len(completion_ids)
+def always(completion_ids, **columns): return [1.0] * len(completion_ids)
+def some(completion_ids, **columns): return [float(ids[0] % 2) for ids in completion_ids]
+
+
+def test_a_function_without_weight_changes_nothing(policy, tmp_path):
+    "Neither what counts as right nor who gets the bonus"
+    for more in (dict(credit_once=True), dict(distinct_bonus=0.5)):
+        alone, of_alone = rewards_of_one_step(policy, tmp_path, [some], more)
+        both, of_both = rewards_of_one_step(policy, tmp_path, [always, some], more | dict(reward_weights=[0.0, 1.0]))
+        assert of_alone == of_both and len(set(of_alone)) > 1
+        assert alone["groups/all_valid"] == both["groups/all_valid"] < 1
+        assert both["rewards/always/mean"] == 1.0
+    found, _ = rewards_of_one_step(policy, tmp_path, [wrong, always], dict(reward_weights=[1.0, -0.1]))
+    assert found["reward"] < 0 == found["groups/all_valid"]
+
+
+def test_the_bonus_is_what_the_setting_says_whatever_the_weight(policy, tmp_path):
+    _, plain = rewards_of_one_step(policy, tmp_path, [some], dict(distinct_bonus=0.5))
+    _, halved = rewards_of_one_step(policy, tmp_path, [some], dict(distinct_bonus=0.25, reward_weights=[0.5]))
+    assert halved == pytest.approx([x / 2 for x in plain])
+
+
+def test_an_evaluator_that_is_never_called_is_named_and_what_it_returns_is_checked(policy, tmp_path):
+    with pytest.warns(UserWarning, match="evaluator is not called.*eval_strategy='steps'"):
+        trainer = trainer_of("ours", policy, tmp_path, {}, evaluator=lambda model, tokenizer: None)
+    with pytest.raises(TypeError, match="evaluator returned None; return a dictionary"): trainer.evaluate()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the evaluator")
+        trainer_of("ours", policy, tmp_path, dict(eval_strategy="steps", eval_steps=1), evaluator=lambda *given: {})
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(eos_token=None), "no end token"), (dict(pad_token="<new>"), "pad_token has the id 31.*resize_token_embeddings"),
+    (dict(eos_token="<new>"), "eos_token has the id 31.*resize_token_embeddings")], ids=["no end", "pad", "end"])
+def test_a_tokenizer_that_does_not_fit_the_model(policy, tmp_path, change, says):
+    tokenizer = copy.deepcopy(TOKENS)
+    for name, value in change.items():
+        if value is None: setattr(tokenizer, name, None)
+        else: tokenizer.add_special_tokens({name: value})
+    args = BGRPOConfig(**STEPS | dict(output_dir=str(tmp_path)))
+    data = Dataset.from_dict({"prompt": prompts()})
+    with pytest.raises(ValueError, match=says):
+        BGRPOTrainer(copy.deepcopy(policy), by_ids, args, data, processing_class=tokenizer)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_named(policy, tmp_path):
+    tokenizer = copy.deepcopy(TOKENS)
+    tokenizer.add_tokens(["<one more>"])
+    args = BGRPOConfig(**STEPS | dict(output_dir=str(tmp_path)))
+    with pytest.warns(UserWarning, match="32 tokens and the model 31.*resize_token_embeddings"):
+        BGRPOTrainer(copy.deepcopy(policy), by_ids, args, Dataset.from_dict({"prompt": prompts()}), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+@pytest.mark.filterwarnings("ignore:.*every row is forwarded", "ignore:.*without a beam tree")
+def test_a_tuned_prefix_is_counted_before_prompts_with_padding(name, tmp_path):
+    "The log-probabilities of a row are those without its padding"
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    plain = family(name)
+    plain.config.num_key_value_heads = plain.config.num_attention_heads if name == "GPT2" else 1 # PEFT reads it
+    model = peft.get_peft_model(plain, config)
+    for x in model.parameters():
+        if x.requires_grad: torch.nn.init.normal_(x, std=0.5)
+    trainer = trainer_of("ours", model, tmp_path, {})
+    row, pads = torch.tensor([[5, 9, 4, 7, 6]]), (0, 5, 20)
+    found = []
+    for pad in pads:
+        ids, mask = (torch.nn.functional.pad(x, (pad, 0)) for x in (row, torch.ones_like(row)))
+        with torch.no_grad(): found.append(trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 2)[0])
+    for other in found[1:]: torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-4)

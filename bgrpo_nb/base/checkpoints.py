@@ -154,13 +154,15 @@ def newest_checkpoint(folder):
             return checkpoint
         faults.append((checkpoint.name, fault))
     found = "".join(f"; {name}: {why}" for name, why in faults)
-    raise FileNotFoundError(f"{folder} holds no whole checkpoint to resume from{found}; leave out --resume to start")
+    raise FileNotFoundError(f"{folder} holds no whole checkpoint to resume from{found}; leave out --resume "
+                            "(resume_from_checkpoint) to start")
 
 
 def checkpoint_of(asked, output_dir): # a folder; True: the newest whole one in output_dir; None or False: none
     "The checkpoint that a training continues from; ValueError if it is damaged"
     if not asked: return None
     if asked is True: return newest_checkpoint(output_dir)
+    if not Path(asked).is_dir(): raise FileNotFoundError(f"{asked} is no folder; name one such as checkpoint-50")
     fault = next(_faults(Path(asked), hashes=True), None)
     if fault: raise ValueError(f"{asked} cannot be resumed, {fault}; name another checkpoint")
     return asked

@@ -29,11 +29,21 @@ INHERITED = { # (smallest, largest) of fields whose class names no range
 }
 
 
+class Help(str):
+    "A help text that carries the range of its field: `HfArgumentParser` takes nothing else in a field's metadata"
+    def __new__(cls, text, low=None, high=None):
+        self = super().__new__(cls, text)
+        self.low, self.high = low, high
+        return self
+
+    def __getnewargs__(self): return str(self), self.low, self.high
+
+
 def setting(default, help, low=None, high=None):
     """A field of a config: its default value, the sentence that explains it, and the range of a number.
 
     Without `low` a number is 0 or more, unless `INHERITED` says otherwise."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+    return field(default=default, metadata={"help": Help(help, low, high)})
 
 
 def range_of(name, low=None, high=None, documented=True):
@@ -68,8 +78,9 @@ def settings_of(cls):
     known = typing.get_type_hints(cls)
     found = {}
     for f in fields(cls):
-        low, high = range_of(f.name, f.metadata.get("low"), f.metadata.get("high"), documented="low" in f.metadata)
-        if f.init: found[f.name] = Setting(f.name, known[f.name], f.default, f.metadata.get("help", ""), low, high)
+        text = f.metadata.get("help", "")
+        low, high = range_of(f.name, getattr(text, "low", None), getattr(text, "high", None), isinstance(text, Help))
+        if f.init: found[f.name] = Setting(f.name, known[f.name], f.default, str(text), low, high)
     return found
 
 

@@ -40,6 +40,7 @@ __all__ = ['arguments_by_name', 'check_arguments', 'datasets_of', 'longest_promp
 
 # %% ../../nbs/08d_arguments.ipynb #f20a7f85
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
 
@@ -145,8 +146,11 @@ def numbered(names: list[str]) -> list[str]:
 
 # %% ../../nbs/08d_arguments.ipynb #a3f0001c
 def check_evaluator(args, evaluator, eval_dataset):
-    "An evaluator and nothing that it would leave unread"
+    "An evaluator that is called, and nothing that it would leave unread"
     if evaluator is None: return
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no" and not args.eval_on_start:
+        warnings.warn("the evaluator is not called while this trains, because eval_strategy is 'no'; set "
+                      "eval_strategy='steps' and eval_steps, or call trainer.evaluate()")
     if eval_dataset is not None:
         raise ValueError("eval_dataset is not read where an evaluator measures; leave one of them out")
     for name in ("num_generations_eval", "bf16_full_eval", "fp16_full_eval"):
@@ -164,10 +168,23 @@ def check_rollout(args, rollout_func):
                                     "own replaces; leave one of them out")
 
 def check_tokenizer(model, processing_class):
-    "A tokenizer, or a place to read it from"
-    if processing_class is None and not model.config._name_or_path:
+    "A tokenizer, or a place to read it from; its tokens are those of the model"
+    if processing_class is None:
+        if model.config._name_or_path: return
         raise ValueError("processing_class is missing, and the model was built in memory, so that its tokenizer cannot "
                          "be read from anywhere; give one")
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)     # of a processor
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so no completion could end; set tokenizer.eos_token")
+    rows = model.get_input_embeddings().num_embeddings
+    resize = "call model.resize_token_embeddings(len(tokenizer))"
+    for name in ("eos_token", "pad_token"):
+        index = getattr(tokenizer, f"{name}_id")
+        if index is not None and index >= rows:
+            raise ValueError(f"the tokenizer's {name} has the id {index}, and the model has {rows} tokens; {resize}")
+    if len(tokenizer) > rows:
+        warnings.warn(f"the tokenizer has {len(tokenizer)} tokens and the model {rows}, so a prompt with another one "
+                      f"fails; {resize}")
 
 # %% ../../nbs/08d_arguments.ipynb #c61e120e
 def check_turns(arguments: dict): # of the trainer

@@ -124,6 +124,9 @@ class BGRPOConfig(GRPOConfig):
         if best and self.greater_is_better is None: self.greater_is_better = not lower_is_better(best)
         if getattr(self, "activation_checkpointing", None) is None: # the new name of gradient_checkpointing
             self.activation_checkpointing = self.gradient_checkpointing
+        loading = self.model_init_kwargs
+        if isinstance(loading, dict) and "torch_dtype" in loading:  # the old name of dtype
+            self.model_init_kwargs = {"dtype" if name == "torch_dtype" else name: x for name, x in loading.items()}
         super().__post_init__()
         self.prompts_per_step = self.generation_batch_size // self.num_generations
         for message in _faults_of_sampling(self): raise ValueError(message)
@@ -209,6 +212,7 @@ def _faults(c: BGRPOConfig) -> Iterator[str]:
     yield from _faults_of_tries(c)
     yield from _faults_of_groups(c)
     yield from _faults_of_weights(c)
+    yield from _faults_of_precision(c)
     yield from _faults_of_contract(c)
     yield from _faults_with_beams(c)
     yield from _faults_of_names(c)
@@ -223,6 +227,8 @@ def _faults_of_sizes(c):
         if value is not None and value < 1: yield f"{name}={value} leaves nothing to compute; use 1 or more"
 
 def _faults_of_tries(c):
+    if c.trie_elements is not None and not c.share_prefixes:
+        yield f"trie_elements={c.trie_elements} is of tries, and share_prefixes is off; leave one of them out"
     if c.trie_attention == "auto": return
     if not c.share_prefixes:
         yield f"trie_attention={c.trie_attention!r} is of tries, and share_prefixes is off; leave one of them out"
@@ -259,9 +265,17 @@ def _faults_of_credit(c):
         yield "baseline='violations' corrects the order of beams, and samples have none; use rollout='beam' or 'mixed'"
     if c.baseline == "siblings" and c.use_liger_kernel:
         yield "baseline='siblings' has an advantage for each token, which use_liger_kernel does not take; leave it out"
+    for name in ("distinct_bonus", "balance_rewards"):
+        if c.baseline == "right_only" and getattr(c, name):
+            yield (f"baseline='right_only' pushes all right answers alike, so {name}={getattr(c, name)} has no effect; "
+                   "leave one of them out")
     if c.credit_once and c.distinct_bonus:
         yield (f"credit_once leaves repeated answers out, and distinct_bonus={c.distinct_bonus} pays them less; leave "
                "one of them out")
+
+def _faults_of_precision(c):
+    if c.fp16 and (c.use_cpu or not torch.accelerator.is_available()):
+        yield "fp16=True trains in float32 on a CPU; use bf16=True, or leave it out"
 
 def _faults_of_weights(c):
     if not 0 <= c.ema_decay < 1: yield f"ema_decay={c.ema_decay} is outside of 0 (the last weights) to below 1"
@@ -283,6 +297,8 @@ def _faults_of_names(c):
     old, new = c.gradient_checkpointing, getattr(c, "activation_checkpointing", None) # since Transformers 5.23
     if new is not None and old not in (None, new, type(c).gradient_checkpointing):
         yield f"gradient_checkpointing={old} contradicts activation_checkpointing={new}, its new name; leave one out"
+    if isinstance(c.model_init_kwargs, dict) and {"dtype", "torch_dtype"} <= c.model_init_kwargs.keys():
+        yield "model_init_kwargs has dtype and torch_dtype, its old name; leave the second out"
 
 def _faults_of_sampling(c): # after TRL has read generation_kwargs, which may come as text
     own = ("top_k", "top_p", "min_p", "repetition_penalty", "cache_implementation")

@@ -166,7 +166,9 @@ def _hand_back_memory(self: TrieGradientsTrainer):
 def _rows_that_teach(self: TrieGradientsTrainer, inputs) -> Tensor | None: # (N,) bool; None: all have a gradient
     "Rows of prompts that have a completion with an advantage"
     shards = self.is_fsdp_enabled or self.is_deepspeed_enabled          # each process then needs as many forwards
-    if self.beta or self.aux_loss_enabled or shards or not self.args.share_prefixes: return None
+    entropy_bonus = self.args.entropy_coef or self.args.use_adaptive_entropy
+    of_every_row = self.beta or entropy_bonus or self.aux_loss_enabled
+    if of_every_row or shards or not self.args.share_prefixes: return None
     pushed = inputs["advantages"].flatten(1).any(1) if inputs["advantages"].ndim > 1 else inputs["advantages"] != 0
     prompt = torch.cat([inputs["prompt_ids"], inputs["prompt_mask"]], dim=1).unique(dim=0, return_inverse=True)[1]
     teaches = torch.isin(prompt, prompt[pushed])

@@ -33,7 +33,8 @@ repeat it earn their plain reward.
 ## Any verifier
 
 `VerifiedReward` turns a verifier into a reward function in TRL's form: it asks for verdicts, logs them, and pays
-by beam rank. The verifier gets token ids, because the text that TRL passes on has lost its end token.
+by beam rank. The verifier gets prompts and token ids, because the text that TRL passes on has lost its end token,
+and the columns of the dataset that its arguments name.
 
 ## Beams mixed with samples
 
@@ -58,6 +59,7 @@ __all__ = ['REWARDS', 'GROUP_REWARDS', 'BASELINES', 'NEED_SCORES', 'rank_penalty
            'advantages_of', 'balance_rewards', 'first_of_each', 'VerifiedReward']
 
 # %% ../../nbs/05_rewards.ipynb #e6439ab5
+import inspect
 import math
 import warnings
 from typing import Callable, Sequence
@@ -221,9 +223,16 @@ def first_of_each(prompts: Sequence[str], # of the rows; the rows of a group are
     return firsts
 
 # %% ../../nbs/05_rewards.ipynb #41c7e660
+def _columns_of(verify: Callable, columns: dict) -> dict:
+    "Those that its arguments after prompts and completions name; all of them for `**columns`"
+    try: parameters = list(inspect.signature(verify).parameters.values())
+    except (TypeError, ValueError): return {}                            # not written in Python
+    if any(p.kind == p.VAR_KEYWORD for p in parameters): return columns
+    return {p.name: columns[p.name] for p in parameters[2:] if p.name in columns}
+
 class VerifiedReward:
     "Reward function in TRL's form: verdicts of any verifier, paid by beam rank"
-    def __init__(self, verify: Callable,              # (prompts, completion_ids) -> verdicts, true where right
+    def __init__(self, verify: Callable,              # (prompts, completion_ids, columns it names) -> verdicts
                  answer_keys: Callable | None = None, # ids of right completions -> keys, equal for equal answers
                  reward: str | None = None):          # a name of a rule; None: the trainer's setting, else `rank`
         if reward is not None: check_choice("reward", reward, (*REWARDS, *GROUP_REWARDS))
@@ -245,7 +254,7 @@ class VerifiedReward:
 
     def verdicts(self, prompts, completion_ids, columns: dict) -> list: # columns: of the dataset, and the beam scores
         "One for each completion, true where it is right"
-        return self.verify(prompts, completion_ids)
+        return self.verify(prompts, completion_ids, **_columns_of(self.verify, columns))
 
     def _log(self, verdicts, completion_ids, log_extra):
         log_extra("reason", [getattr(v, "reason", "ok" if v else "wrong") for v in verdicts])

@@ -216,10 +216,11 @@ def positions_from_mask(model): # a handle; .remove() undoes it
     "Make a model count positions from its attention mask where it is called without any"
     def count(module, args, kwargs):
         mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        plain_mask = mask is not None and mask.ndim == 2
-        no_cache = past is None or not past.get_seq_length()
-        if kwargs.get("position_ids") is None and plain_mask and no_cache:
-            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        if kwargs.get("position_ids") is not None or mask is None or mask.ndim != 2: return args, kwargs
+        new = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None).shape[1]
+        before = past.get_seq_length() if past is not None else 0       # a prefix that was tuned, for instance
+        if mask.shape[1] == before + new:
+            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, before:]
         return args, kwargs
     count.recordable = True                                             # a captured search may leave it out
     return model.base_model.register_forward_pre_hook(count, with_kwargs=True)

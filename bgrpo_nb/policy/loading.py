@@ -237,6 +237,12 @@ def _architecture(config):
     except KeyError: return AutoModelForCausalLM                    # code of its own, or no causal model
     return found if isinstance(found, type) else AutoModelForCausalLM
 
+def _one_dtype(dtype, torch_dtype):
+    "`dtype`, or its older name in Transformers"
+    if dtype is not None and torch_dtype is not None:
+        raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype} are one setting; leave the second out")
+    return torch_dtype if dtype is None else dtype
+
 def _dtype(dtype, config) -> torch.dtype:
     "float32 by default, a name such as 'bfloat16' as torch.bfloat16, 'auto' as the config has it"
     if dtype is None: return torch.float32
@@ -289,6 +295,7 @@ def load_model(name_or_path, # a bundled policy's name ("tiny"), a folder in Hug
                ): # PreTrainedModel in eval mode
     "Load a policy; FileNotFoundError if there is none, ValueError if its files do not make one"
     settings["trust_remote_code"] = trust_remote_code
+    dtype = _one_dtype(dtype, settings.pop("torch_dtype", None))
     if _holds_adapters(name_or_path):
         return _load_adapters(name_or_path, device=device, dtype=dtype, attn_implementation=attn_implementation,
                               **settings)

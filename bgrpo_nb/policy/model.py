@@ -200,11 +200,14 @@ def _text(tokenizer, ids: list[int]) -> str:
 
 def decode_completions(tokenizer,
                        completion_ids, # (N, C) tensor, or N lists of ids
+                       eos_token_id: int | Sequence[int] | None = None, # default: the tokenizer's
                        ) -> list[str | None]: # text before the first end token; None: the completion never ended
-    "Text of completions that ended"
-    end = tokenizer.eos_token_id
+    "Text of completions that ended; a model with several end tokens names them in its `generation_config`"
+    ends = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends)
     rows = completion_ids.tolist() if isinstance(completion_ids, torch.Tensor) else map(list, completion_ids)
-    return [_text(tokenizer, row[:row.index(end)]) if end in row else None for row in rows]
+    places = ((row, next((k for k, token in enumerate(row) if token in ends), None)) for row in rows)
+    return [None if end is None else _text(tokenizer, row[:end]) for row, end in places]
 
 # %% ../../nbs/02_model.ipynb #52873359
 PRESETS: dict[str, dict] = {

@@ -211,7 +211,16 @@ def _inside(model): # the model in a wrapper; None if there is no wrapper
     if not is_peft: return None
     adapter = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False): return None # its own forward adds tokens to the prompt
+    _refuse_gated(adapter)
     return model.get_base_model()
+
+def _refuse_gated(adapter): # the configuration of PEFT, or None
+    "ValueError for adapters that are switched on by the text: a search and a trie call the model without its wrapper"
+    activated = getattr(adapter, "alora_invocation_tokens", None)
+    kind = "activated LoRA (alora_invocation_tokens)" if activated else "X-LoRA"
+    if activated or str(getattr(adapter, "peft_type", "")).endswith("XLORA"):
+        raise ValueError(f"{kind} depends on all tokens of a text, which a search does not give in one call; use plain "
+                         "LoRA, or merge the adapter")
 
 def without_wrappers(model, keep_compiled: bool = False): # stop at a compiled model
     "The model of Transformers itself; adapters are part of its layers and stay active"

@@ -2,7 +2,7 @@
 
     python nbs/_build/outputs.py [NOTEBOOK ...]
 
-Without names all of them. Cells that the tests leave out (`eval: false`, `notest`, `slow`, `cuda`) are left out here, too."""
+Without names all of them. Cells that the tests leave out (`eval: false`, `notest`, `slow`, `cuda`) do not run."""
 import re
 import sys
 from pathlib import Path
