@@ -1894,6 +1894,8 @@ d = {
     ('generation.html#_captured', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check':
     ('generation.html#_check', 'bgrpo_nb/search/generation.py'),
+   'bgrpo_nb.search.generation._check_ends':
+    ('generation.html#_check_ends', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_family':
     ('generation.html#_check_family', 'bgrpo_nb/search/generation.py'),
    'bgrpo_nb.search.generation._check_prompts':

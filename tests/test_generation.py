@@ -990,3 +990,14 @@ def test_adapters_that_the_text_switches_on_are_refused():
     model = peft.get_peft_model(deepcopy(family("llama")), config)
     for search in (beam_search, greedy, sample):
         with pytest.raises(ValueError, match="activated LoRA.*use plain LoRA"): search(model, PROMPTS, MASK, **NO_END)
+
+
+def test_an_end_that_cannot_be_written_and_padding_that_is_missing_are_refused():
+    model, how = family("llama"), dict(num_beams=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="pad_token_id is missing; give tokenizer.pad_token_id"):
+        beam_search(model, PROMPTS, MASK, eos_token_id=1, pad_token_id=None, **how)
+    with pytest.raises(ValueError, match=rf"eos_token_id=\[{V}\] is outside of the model's {V} tokens"):
+        beam_search(model, PROMPTS, MASK, eos_token_id=V, pad_token_id=0, **how)
+    found = [beam_search(model, PROMPTS, MASK, eos_token_id=ends, pad_token_id=0, **how).sequences
+             for ends in (1, [1], torch.tensor(1), torch.tensor([1]), [1, V])]
+    for other in found[1:]: assert torch.equal(found[0], other)

@@ -120,9 +120,19 @@ def _check_family(model):
     raise ValueError(f"{type(without_wrappers(model)).__name__} is an encoder-decoder, which does not continue a "
                      f"prompt: use its own generate(num_beams=...), or a decoder (AutoModelForCausalLM) here")
 
-def _check(model, input_ids, attention_mask, width, max_new_tokens, eos_token_id, constraint): # the mask; C
+def _check_ends(model, ends: list[int], pad_token_id):
+    "Padding, and an end that the model can write"
+    if pad_token_id is None:
+        raise ValueError("pad_token_id is missing; give tokenizer.pad_token_id, or the end token where there is none")
+    V = model.config.get_text_config().vocab_size
+    if ends and min(ends) >= V:
+        raise ValueError(f"eos_token_id={ends} is outside of the model's {V} tokens, so no beam could end; give "
+                         "another, or call model.resize_token_embeddings")
+
+def _check(model, input_ids, attention_mask, width, max_new_tokens, eos_token_id, pad_token_id, constraint): # mask; C
     "A clear error now instead of a strange one later"
     _check_family(model)
+    _check_ends(model, _list_of(eos_token_id), pad_token_id)
     attention_mask = _check_prompts(input_ids, attention_mask)
     if width < 1: raise ValueError(f"a width of {width} finds nothing; use 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens={max_new_tokens} writes nothing; use 1 or more")
@@ -134,7 +144,7 @@ def _check(model, input_ids, attention_mask, width, max_new_tokens, eos_token_id
 def _list_of(eos_token_id) -> list[int]:
     "End tokens from one id, several, or None"
     if eos_token_id is None: return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else [int(i) for i in eos_token_id]
+    return torch.as_tensor(eos_token_id).reshape(-1).tolist()
 
 # %% ../../nbs/03_generation.ipynb #c58b1053
 P = ParamSpec("P")
@@ -292,7 +302,8 @@ def beam_search(model, input_ids: Tensor, # (B, P) long, left padded
                 static: bool | str | None = None, # shapes that never change; "capture": a CUDA graph; None: the fastest
                 ) -> Beams: # best first; fewer than K where fewer sequences exist
     "The K sequences that a beam search finds for each prompt, each prompt read once"
-    mask, C = _check(model, input_ids, attention_mask, num_beams, max_new_tokens, eos_token_id, constraint)
+    mask, C = _check(model, input_ids, attention_mask, num_beams, max_new_tokens, eos_token_id, pad_token_id,
+                     constraint)
     asked = Asked(num_beams, C, _list_of(eos_token_id), pad_token_id, _best, None,
                    _as_list(logits_processor, LogitsProcessorList),
                    _as_list(stopping_criteria, StoppingCriteriaList), constraint)
@@ -343,7 +354,7 @@ def sample(model, input_ids: Tensor, # (B, P) long, left padded
            ) -> Beams: # in the order of drawing; scores are the policy's own, at temperature 1
     "K independent samples of each prompt, each prompt read once"
     K = num_return_sequences
-    mask, C = _check(model, input_ids, attention_mask, K, max_new_tokens, eos_token_id, constraint)
+    mask, C = _check(model, input_ids, attention_mask, K, max_new_tokens, eos_token_id, pad_token_id, constraint)
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} draws nothing; use a number above 0, or greedy()")
     asked = Asked(K, C, _list_of(eos_token_id), pad_token_id, _draw, temperature,
