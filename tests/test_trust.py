@@ -249,6 +249,42 @@ def test_max_steps_of_a_training_may_change(tmp_path, policy):
     assert again.to_dict() | {"resume": False} == epochs.to_dict()
 
 
+STEP = "--max_steps 1 --save_steps 1 --warmup_steps 0 --use_cpu true --disable_tqdm true --report_to none".split()
+TRAIN = "--prompts_per_step 2 --num_generations 2 --num_beams 2 --num_samples 2 --max_completion_length 4".split()
+READS = {
+    "sft problems": ["sft", *STEP, "--held_out", "4", "--problems", "p.txt"],
+    "train problems": ["train", *STEP, *TRAIN, "--held_out", "4", "--problems", "p.txt"],
+    "train eval_problems": ["train", *STEP, *TRAIN, "--num_problems", "4", "--eval_problems", "p.txt"],
+    "train regular_problems": ["train", *STEP, *TRAIN, "--held_out", "0", "--problems", "hard.txt",
+                               "--hard_fraction", "0.5", "--regular_problems", "p.txt"],
+}
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_a_file_with_another_content_is_refused_by_name(reads, policy, tmp_path, monkeypatch, capsys):
+    "An empty line more, or another end of the lines, is the same content; a run of an earlier version has no record"
+    monkeypatch.chdir(tmp_path)
+    write_problems("p.txt", generate_problems(12, 2, 2, seed=1))
+    write_problems("hard.txt", generate_problems(12, 2, 2, seed=2))
+    words, setting = [*READS[reads], "--model", policy, "--output_dir", "run"], reads.split()[1]
+    assert said(capsys, *words)[0] == 0
+    as_it_was = Path("p.txt").read_bytes()
+    write_problems("p.txt", generate_problems(13, 2, 2, seed=3))
+    before = snapshot("run")
+    status, err = said(capsys, *words[:1], "--output_dir", "run", "--resume")
+    assert status == 2 and f"{setting}=p.txt has another content (13 lines)" in err and "restore the file" in err
+    assert len(err.splitlines()) == 1 and snapshot("run") == before
+    Path("run/inputs.json").write_text("{")
+    status, err = said(capsys, *words[:1], "--output_dir", "run", "--resume")
+    assert status == 2 and "inputs.json cannot be read; restore it, or delete it" in err
+    Path("run/inputs.json").write_bytes(before["inputs.json"])
+    Path("p.txt").write_bytes(as_it_was.replace(b"\n", b"\r\n") + b"\n\n")
+    assert said(capsys, *words[:1], "--output_dir", "run", "--resume")[0] == 0
+    Path("run/inputs.json").unlink()
+    assert said(capsys, *words[:1], "--output_dir", "run", "--resume")[0] == 0
+    assert json.loads(Path("run/inputs.json").read_text())[setting]["n"] == 12
+
+
 def test_batches_keep_their_size_on_another_number_of_processes(tmp_path, monkeypatch):
     config = dict(per_device_train_batch_size=12, output_dir=str(tmp_path / "run"))
     with open_run(tmp_path / "run", config): pass
