@@ -1294,6 +1294,8 @@ d = {
     ('train.html#_named_problems', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._refuse':
     ('train.html#_refuse', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._refuse_held_out':
+    ('train.html#_refuse_held_out', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._set_apart':
     ('train.html#_set_apart', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._train':
@@ -1366,6 +1368,8 @@ d = {
     ('validation.html#read_reports', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.refuse_best':
     ('validation.html#refuse_best', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.refuse_unvalidated':
+    ('validation.html#refuse_unvalidated', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.reports_of':
     ('validation.html#reports_of', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.saved_step':

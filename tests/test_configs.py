@@ -9,7 +9,7 @@ import yaml
 from bgrpo_nb.algebra.problems import degree, generate_problems, polynomial_key, read_problems, write_problems
 from bgrpo_nb.base.run_folder import read_metrics
 from bgrpo_nb.cli import main, read_config
-from bgrpo_nb.recipes.train import TrainConfig, choose_problems
+from bgrpo_nb.recipes.train import TrainConfig, choose_problems, train_bgrpo
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs/train").glob("*.yaml"))
 SMALL = """--prompts_per_step 2 --num_generations 4 --held_out 4 --eval_limit 4 --eval_steps 1 --save_steps 1
@@ -105,3 +105,27 @@ def test_problems_of_several_degrees_are_made(here):
     (dict(hard_fraction=0.5), "name a file"), (dict(degrees="2_2,3"), "3"), (dict(degrees="2_2,1_3"), "2 or more")])
 def test_a_wrong_choice_of_problems(wrong, says):
     with pytest.raises(ValueError, match=says): TrainConfig(use_cpu=True, **wrong)
+
+
+@pytest.mark.parametrize("held_out", [12, 500])
+def test_held_out_problems_that_cannot_be_had(held_out, here):
+    "A number that was given is refused; the default is a tenth, here none"
+    write_problems(here / "p.txt", generate_problems(9, 2, 2) + generate_problems(1, 2, 2, seed=9) * 3)
+    with pytest.raises(ValueError, match=f"held_out={held_out} is too many of 12 problems with 10 different.*lower --held_out"):
+        choose_problems(TrainConfig(problems="p.txt", held_out=held_out, **GROUPS))
+    write_problems(here / "same.txt", generate_problems(1, 2, 2) * 12)
+    with pytest.raises(ValueError, match="with 1 different"): choose_problems(TrainConfig(problems="same.txt", held_out=3, **GROUPS))
+    train, kept = choose_problems(TrainConfig(problems="p.txt", **GROUPS))
+    assert len(train) + len(kept) == 12
+    write_problems(here / "p.txt", generate_problems(9, 2, 2))
+    assert [len(found) for found in choose_problems(TrainConfig(problems="p.txt", **GROUPS))] == [9, 0]
+
+
+def test_the_best_is_not_asked_for_where_nothing_is_validated(here, policy):
+    flags = dict(model=str(policy), max_steps=1, report_to="none", max_completion_length=4, disable_tqdm=True, **GROUPS)
+    write_problems(here / "p.txt", generate_problems(9, 2, 2))
+    with pytest.raises(ValueError, match="of 9 none is held out; give --held_out"):
+        train_bgrpo(TrainConfig(problems="p.txt", load_best_model_at_end=True, **flags))
+    with pytest.raises(ValueError, match="of 9 none is held out"):
+        train_bgrpo(TrainConfig(load_best_model_at_end=True, **flags), generate_problems(9, 2, 2))
+    assert train_bgrpo(TrainConfig(problems="p.txt", **flags))["held_out"] == 0

@@ -13,7 +13,8 @@ that cannot work is refused when the config is made.
 ## Problems to train on, problems to validate on
 
 Problems come from a file or are generated, and regular ones can be mixed in. Those for validation are a file of
-their own, or a part of the others. No polynomial is in both, however it is written.
+their own, or a part of the others. No polynomial is in both, however it is written. A number `held_out` that
+cannot be had is refused; left out, it is smaller where problems are few, and none below ten.
 
 ## Validation
 
@@ -86,7 +87,7 @@ from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
 from .validation import (
     StartAndEnd, Validator, baseline_for, can_load_best, is_validation, known_problems, of_kind, read_reports,
-    refuse_best, reports_of, saved_step, summary, which_policy, write_reports)
+    refuse_best, refuse_unvalidated, reports_of, saved_step, summary, which_policy, write_reports)
 from .wandb_logging import WandbPanels, at_wandb, guard_wandb
 from ..search.generation import check_length
 from ..solve.beam_filter import answer_tokens
@@ -148,6 +149,7 @@ class TrainConfig(BGRPOConfig):
     def __post_init__(self):
         _refuse(self)
         if self.save_steps is None: self.save_steps = self.eval_steps or 50
+        self.asked_for_best = bool(self.load_best_model_at_end)    # not a field: what is chosen is not asked for
         if self.load_best_model_at_end is None: self.load_best_model_at_end = can_load_best(self)
         left_out = self.baseline is None
         if left_out: self.baseline = "mean"     # until the start is measured
@@ -196,10 +198,18 @@ def _set_apart(found: list[Problem], c: TrainConfig) -> tuple[list[Problem], lis
     train, held_out = split(found, (1 - n / len(found), n / len(found)), c.seed)
     return train, held_out
 
+def _refuse_held_out(c: TrainConfig, found: list[Problem]):
+    "A number that was given does not shrink; the default does"
+    different = len({polynomial_key(p.expanded) for p in found})
+    raise ValueError(f"held_out={c.held_out} is too many of {len(found)} problems with {different} different "
+                     "polynomials, of which some are to be trained on; lower --held_out, or give more problems")
+
 def choose_problems(config: TrainConfig,
                     ) -> tuple[list[Problem], list[Problem]]: # train, held out; no polynomial is in both
     "The problems of a run; ValueError if there are fewer than one step needs"
-    train, held_out = _set_apart(_named_problems(config), config)
+    found = _named_problems(config)
+    train, held_out = _set_apart(found, config)
+    if config.held_out and not config.resume and not (train and held_out): _refuse_held_out(config, found)
     need = config.generation_batch_size // config.num_generations
     if len(train) < need:
         raise ValueError(f"{len(train)} problems to train on are fewer than prompts_per_step={need}; "
@@ -217,6 +227,7 @@ def train_bgrpo(config: TrainConfig,
     files = FILES if problems is None else ()
     check_files(config.output_dir, config.to_dict(), files, config.resume)
     train, held_out = choose_problems(config) if problems is None else (list(problems), list(held_out))
+    if config.asked_for_best and not held_out and not config.resume: refuse_unvalidated(len(train))
     known = _known(config, train, held_out, given=problems is not None)
     data = _describe(config, train, held_out, given=problems is not None)
     model, tokenizer = load_policy(config.model, config)
