@@ -433,6 +433,25 @@ def test_degrees_in_a_file_are_degrees(tmp_path):
     assert read_config(SupervisedConfig, ["--config", str(tmp_path / "c.yaml"), "--use_cpu"], "bgrpo sft").degrees == ["3_2"]
 
 
+@pytest.mark.parametrize("config", [SupervisedConfig, TrainConfig])
+@pytest.mark.parametrize("flags,says", [
+    (["--lr_scheduler_kwargs", "foo"], "lr_scheduler_kwargs=foo cannot be read; use a map"),
+    (["--lr_scheduler_type", "linear", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'], "has 'min_lr_rate', which lr_scheduler_type=linear does not take; it takes: none"),
+    (["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", '{"power": 2}'], "has 'power', which lr_scheduler_type=constant"),
+    (["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", "{}"], "it takes: num_cycles, min_lr, min_lr_rate"),
+    (["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"power": "high"}'], "it takes: lr_end, power"),
+    (["--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs", '{"patient": 3}'], "patient")])
+def test_arguments_that_do_not_fit_the_scheduler(config, flags, says):
+    with pytest.raises(ValueError) as error: read_config(config, ["--use_cpu", "true", *flags], "bgrpo x")
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1, error.value
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"])
+def test_every_scheduler_is_had_without_arguments(kind):
+    for config in (SupervisedConfig, TrainConfig): assert not config(use_cpu=True, lr_scheduler_type=kind).lr_scheduler_kwargs
+    assert SupervisedConfig(use_cpu=True).lr_scheduler_kwargs == {"min_lr_rate": 0.02}
+
+
 @pytest.mark.parametrize("settings", [dict(max_steps=0), dict(max_steps=-1), dict(learning_rate=float("nan")), dict(num_beams=100_000), dict(held_out=-3), dict(seed=-1)])
 def test_the_same_ranges_hold_for_configs_made_in_python(settings):
     name, = settings

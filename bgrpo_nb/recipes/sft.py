@@ -76,6 +76,7 @@ from ..policy.model import PRESETS, load_model, load_tokenizer, new_model, save_
 from .callbacks import RunLog, StopCleanly, run_steps, show_progress
 from .samples import (
     Batches, ProblemStream, SampleBlocks, collate, default_workers, for_last_columns, in_order, make_samples)
+from .trainer_settings import check_scheduler
 from .wandb_logging import at_wandb, guard_wandb
 from ..search.beam_tree import without_attention_plans
 
@@ -115,8 +116,8 @@ class SupervisedConfig(TrainingArguments):
     learning_rate: float = setting(2e-3, "peak learning rate")
     warmup_steps: float = setting(200, "steps until the peak is reached")
     lr_scheduler_type: str = setting("cosine_with_min_lr", "shape of the learning rate after the warm-up")
-    lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.02}, metadata={"help": "arguments of the scheduler"})
+    lr_scheduler_kwargs: dict | str | None = setting(
+        None, "arguments of the scheduler; left out: min_lr_rate 0.02 for cosine_with_min_lr, else none")
     weight_decay: float = setting(0.05, "weight decay")
     adam_beta2: float = setting(0.98, "decay of AdamW's second moment")
     logging_steps: float = setting(50, "steps between log lines")
@@ -140,8 +141,11 @@ class SupervisedConfig(TrainingArguments):
         if self.dataloader_num_workers is None: self.dataloader_num_workers = default_workers(on_gpu)
         if self.dataloader_pin_memory is None: self.dataloader_pin_memory = on_gpu
         self.degrees = [self.degrees] if isinstance(self.degrees, str) else list(self.degrees)
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.02}
         _refuse(self)
         super().__post_init__()
+        if not self.resume: check_scheduler(self)    # a run that is resumed was begun with it
 
 def _refuse(c: SupervisedConfig):
     "ValueError for a setting that cannot work"

@@ -85,6 +85,7 @@ from ..learn.trainer import BGRPOTrainer, load_policy
 from ..policy.loading import known_to, say_known
 from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
+from .trainer_settings import check_scheduler
 from .validation import (
     StartAndEnd, Validator, baseline_for, can_load_best, is_validation, known_problems, of_kind, read_reports,
     refuse_best, refuse_unvalidated, reports_of, saved_step, summary, which_policy, write_reports)
@@ -155,6 +156,7 @@ class TrainConfig(BGRPOConfig):
         if left_out: self.baseline = "mean"     # until the start is measured
         super().__post_init__()
         if left_out: self.baseline = None
+        if not self.resume: check_scheduler(self)    # a run that is resumed was begun with it
 
 def _refuse(c: TrainConfig):
     "ValueError for a setting that cannot work"
