@@ -1242,6 +1242,8 @@ d = {
     ('sft.html#_orthonormal', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._refuse':
     ('sft.html#_refuse', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._refuse_unread':
+    ('sft.html#_refuse_unread', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._rows_are_not_packed':
     ('sft.html#_rows_are_not_packed', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._train':

@@ -19,7 +19,8 @@ problems into samples, and `collate` makes a batch of them; both are explained i
 ## Settings
 
 `SupervisedConfig` is Transformers' `TrainingArguments` with our defaults and further fields. Every field of either
-is a flag of `bgrpo sft`.
+is a flag of `bgrpo sft`. One that is given and would not be read, such as the `preset` beside a `model`, is
+refused.
 
 ## The optimizer
 
@@ -76,7 +77,7 @@ from ..policy.model import PRESETS, load_model, load_tokenizer, new_model, save_
 from .callbacks import RunLog, StopCleanly, run_steps, show_progress
 from .samples import (
     Batches, ProblemStream, SampleBlocks, collate, default_workers, for_last_columns, in_order, make_samples)
-from .trainer_settings import check_scheduler
+from .trainer_settings import check_scheduler, refuse
 from .wandb_logging import at_wandb, guard_wandb
 from ..search.beam_tree import without_attention_plans
 
@@ -140,7 +141,8 @@ class SupervisedConfig(TrainingArguments):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.dataloader_num_workers is None: self.dataloader_num_workers = default_workers(on_gpu)
         if self.dataloader_pin_memory is None: self.dataloader_pin_memory = on_gpu
-        self.degrees = [self.degrees] if isinstance(self.degrees, str) else list(self.degrees)
+        named = [self.degrees] if isinstance(self.degrees, str) else self.degrees
+        self.degrees = [degrees for words in named for degrees in words.split(",")]
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.02}
         _refuse(self)
@@ -162,6 +164,26 @@ def _refuse(c: SupervisedConfig):
     if c.train_sampling_strategy != "random":
         raise ValueError(f"train_sampling_strategy={c.train_sampling_strategy!r} has no meaning here, because samples "
                          "come in an order of their own, sorted by length within a block; leave it out")
+    if not c.resume: _refuse_unread(c)   # with the run's own settings anything else is refused by name
+
+def _refuse_unread(c: SupervisedConfig):
+    "ValueError for a setting that was given and would not be read"
+    refuse(c, resume_from_checkpoint="is not read; use --resume, which continues from the newest checkpoint",
+           num_train_epochs="counts nothing, because new samples never end; use max_steps",
+           remove_unused_columns="must be off, because our own collate makes the batches; leave it out",
+           data_seed="reaches no sampler; use seed, from which the samples follow",
+           dataloader_drop_last="has no meaning, because all batches are whole; leave it out")
+    if c.model:
+        own = f"is of a new policy, and model={c.model} has its own; leave one of them out"
+        refuse(c, preset=own, vocabulary=own)
+    if c.problems:
+        own = f"is of generated problems, and problems={c.problems} names a file; leave one of them out"
+        refuse(c, kind=own, degrees=own, variables=own, coefficient_bound=own)
+    if c.kind == "univariate":
+        refuse(c, variables="is of multivariate problems; add --kind multivariate, or leave it out")
+    if c.optimizer == "muon":
+        own = "is of Transformers' optimizers, and optimizer=muon is another; use --optimizer adamw, or leave it out"
+        refuse(c, optim=own, optim_args=own, optim_target_modules=own)
 
 # %% ../../nbs/04_sft.ipynb #ed9eec81
 class BatchedMuon(Muon):

@@ -2,6 +2,7 @@
 
 Both recipes use them, so that what cannot work is one line before any work, and nothing that was given is ignored."""
 import inspect
+from dataclasses import MISSING, fields
 
 import torch
 from transformers import get_scheduler
@@ -10,6 +11,20 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from bgrpo_nb.base.files import first_line
 
 OF_EVERY_SCHEDULER = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+
+
+def given(config):
+    "Settings that differ from their default, name -> value; one that was given with its default value is none of them"
+    default_of = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(config)}
+    values = {name: getattr(config, name) for name in default_of}
+    return {name: value for name, value in values.items() if value != default_of[name]}
+
+
+def refuse(config, **why): # name of a setting -> why it would not be read, and what to do
+    "ValueError for the first of these settings that was given"
+    found = given(config)
+    for name, words in why.items():
+        if name in found: raise ValueError(f"{name}={found[name]} {words}")
 
 
 def check_scheduler(args): # TrainingArguments
