@@ -1286,6 +1286,8 @@ d = {
     ('train.html#_generate', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._generated':
     ('train.html#_generated', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._generates':
+    ('train.html#_generates', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._known':
     ('train.html#_known', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._make_trainer':
@@ -1298,6 +1300,8 @@ d = {
     ('train.html#_refuse', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._refuse_held_out':
     ('train.html#_refuse_held_out', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._refuse_unread':
+    ('train.html#_refuse_unread', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._set_apart':
     ('train.html#_set_apart', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._train':

@@ -249,6 +249,26 @@ def test_max_steps_of_a_training_may_change(tmp_path, policy):
     assert again.to_dict() | {"resume": False} == epochs.to_dict()
 
 
+def test_a_run_cannot_become_shorter_than_it_is(tmp_path, policy):
+    "As long as it is, it ends there"
+    for name, length, asked in (("s", dict(max_steps=9), "max_steps"), ("e", dict(num_train_epochs=3), "num_train_epochs")):
+        where = tmp_path / name
+        with open_run(where, TrainConfig(output_dir=str(where), model=str(policy), use_cpu=True, **length).to_dict()): pass
+        state = checkpoint_at(where, 6, sealed=False) / "trainer_state.json"
+        state.write_text(json.dumps({"global_step": 6, "epoch": 2.0}))
+        ck.seal(state.parent, state)
+        is_at = {"max_steps": 6, "num_train_epochs": 2}[asked]
+        for value in (is_at - 1, is_at, is_at + 1):
+            config = read_config(TrainConfig, ["--output_dir", str(where), "--resume", f"--{asked}", str(value)], "bgrpo train").to_dict()
+            if value >= is_at:
+                with open_run(where, config, resume=True): pass
+                continue
+            before = snapshot(where)
+            with pytest.raises(ValueError, match=f"{asked}={value}.* is less than the {is_at} that"):
+                with open_run(where, config, resume=True): pass
+            assert snapshot(where) == before
+
+
 STEP = "--max_steps 1 --save_steps 1 --warmup_steps 0 --use_cpu true --disable_tqdm true --report_to none".split()
 TRAIN = "--prompts_per_step 2 --num_generations 2 --num_beams 2 --num_samples 2 --max_completion_length 4".split()
 READS = {

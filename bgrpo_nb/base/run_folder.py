@@ -112,7 +112,9 @@ def open_run(folder, config, resume=False, main=True, fixed=(), files=()):
                               "add --resume to continue it, or choose another --output_dir")
     checkpoint = newest_checkpoint(folder) if resume else None
     changed = _changes(folder, config, fixed) if resume else {}
-    if resume: _check_batch(read_run_config(folder), config, processes_of(checkpoint))
+    if resume:
+        _check_batch(read_run_config(folder), config, processes_of(checkpoint))
+        _check_length(config, checkpoint)
     inputs = check_files(folder, config, files, resume)
     if not main:
         yield checkpoint
@@ -213,6 +215,17 @@ def _check_batch(recorded, config, processes):
     way = f"give --{name} {rows // now}" if rows % now == 0 else f"resume with {processes}"
     raise ValueError(f"{name}={config[name]} on {now} processes makes other batches than the run's, which had "
                      f"{recorded[name]} on {processes}; {way}")
+
+
+def _check_length(config, checkpoint):
+    "ValueError if the run is to be shorter than it is already"
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    name, taken = "max_steps", step_of(checkpoint)
+    if not config.get(name): name, taken = "num_train_epochs", state.get("epoch") or 0
+    asked = config.get(name)
+    if not asked or asked > taken - 1e-3: return    # passes are counted as sums of shares of one
+    raise ValueError(f"{name}={asked} is less than the {taken:g} that the run has behind it; give {taken:g} to end it "
+                     "there, or more to continue")
 
 
 def _forget_after(path, step):

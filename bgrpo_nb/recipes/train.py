@@ -85,7 +85,7 @@ from ..learn.trainer import BGRPOTrainer, load_policy
 from ..policy.loading import known_to, say_known
 from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
-from .trainer_settings import check_scheduler
+from .trainer_settings import check_scheduler, refuse
 from .validation import (
     StartAndEnd, Validator, baseline_for, can_load_best, is_validation, known_problems, of_kind, read_reports,
     refuse_best, refuse_unvalidated, reports_of, saved_step, summary, which_policy, write_reports)
@@ -115,7 +115,7 @@ class TrainConfig(BGRPOConfig):
     regular_problems: str | None = setting(None, "file of the regular problems to mix in; left out: generated")
     eval_problems: str | None = setting(None, "file of held-out problems; left out: a part of the training problems")
     held_out: int | None = setting(None, "problems kept back for validation; left out: a tenth, at most 200")
-    eval_limit: int | None = setting(None, "only the first of eval_problems")
+    eval_limit: int | None = setting(None, "only the first of eval_problems", low=1)
     known_problems: int | None = setting(
         None, "problems of what the policy was trained on before, measured too; left out: 100 if the policy names it")
     baseline: str | None = setting(
@@ -170,6 +170,30 @@ def _refuse(c: TrainConfig):
     for degrees in c.degrees.split(","): read_degrees(degrees)
     if c.hard_fraction < 1 and not c.problems:
         raise ValueError(f"hard_fraction={c.hard_fraction} mixes `problems` with regular ones; name a file of them")
+    if not c.resume: _refuse_unread(c)   # with the run's own settings anything else is refused by name
+
+def _generates(c: TrainConfig) -> bool:
+    "Whether some problems are generated"
+    return not c.problems or c.hard_fraction < 1 and not c.regular_problems
+
+def _refuse_unread(c: TrainConfig):
+    "ValueError for a setting that was given and would not be read"
+    if c.hard_fraction >= 1:
+        refuse(c, regular_problems="is not mixed in while hard_fraction is 1; give --hard_fraction, such as 0.5, or "
+                                   "leave it out")
+    if not c.eval_problems:
+        refuse(c, eval_limit="is of eval_problems, and no file is named; name one, or use held_out")
+    elif c.held_out:
+        raise ValueError(f"held_out={c.held_out} keeps problems back for validation, and eval_problems="
+                         f"{c.eval_problems} names a file of them; leave one of them out")
+    if c.held_out == 0 and not c.eval_problems and c.known_problems:
+        raise ValueError(f"known_problems={c.known_problems} are measured with the held-out ones, and held_out=0; "
+                         "leave one of them out")
+    if not _generates(c):
+        own = "is of generated problems, and all come from files; leave one of them out"
+        refuse(c, kind=own, degrees=own, num_problems=own, variables=own, coefficient_bound=own)
+    if c.kind != "multivariate":
+        refuse(c, variables="is of multivariate problems; add --kind multivariate, or leave it out")
 
 # %% ../../nbs/09a_train.ipynb #71132a0e
 def _generate(c: TrainConfig, n: int, outer: int, inner: int) -> list[Problem]:
@@ -177,10 +201,11 @@ def _generate(c: TrainConfig, n: int, outer: int, inner: int) -> list[Problem]:
     return of_kind(c.kind, n, outer, inner, c.variables, c.coefficient_bound, c.seed)
 
 def _generated(c: TrainConfig) -> list[Problem]:
-    "As many problems of each degree"
-    degrees = c.degrees.split(",")
-    each = c.num_problems // len(degrees)
-    return [problem for text in degrees for problem in _generate(c, each, *read_degrees(text))]
+    "As many problems of each degree, and one more of the first where that leaves a rest"
+    degrees, found = c.degrees.split(","), []
+    each, rest = divmod(c.num_problems, len(degrees))
+    for k, text in enumerate(degrees): found += _generate(c, each + (k < rest), *read_degrees(text))
+    return found
 
 def _named_problems(c: TrainConfig) -> list[Problem]:
     "What the config names: a file or generated problems, and regular ones mixed in where it asks for them"
