@@ -154,3 +154,9 @@ def test_the_best_is_not_asked_for_where_nothing_is_validated(here, policy):
     with pytest.raises(ValueError, match="of 9 none is held out"):
         train_bgrpo(TrainConfig(load_best_model_at_end=True, **flags), generate_problems(9, 2, 2))
     assert train_bgrpo(TrainConfig(problems="p.txt", **flags))["held_out"] == 0
+
+
+def test_problems_that_are_all_held_out(here):
+    write_problems(here / "p.txt", generate_problems(9, 2, 2))
+    with pytest.raises(ValueError, match=r"0 problems to train on \(9 more are in eval_problems, too\) .* give other problems"):
+        choose_problems(TrainConfig(problems="p.txt", eval_problems="p.txt", **GROUPS))

@@ -249,6 +249,22 @@ def test_max_steps_of_a_training_may_change(tmp_path, policy):
     assert again.to_dict() | {"resume": False} == epochs.to_dict()
 
 
+def test_a_run_of_another_command_is_not_resumed(run):
+    config = TrainConfig(output_dir=str(run), use_cpu=True, resume=True)
+    with pytest.raises(ValueError, match="holds a run of bgrpo sft; resume it with that command"):
+        with open_run(run, config.to_dict(), resume=True): pass
+
+
+@pytest.mark.parametrize("config", [SupervisedConfig, TrainConfig])
+@pytest.mark.parametrize("name,says", [("tensorboard", "report_to=tensorboard cannot be used .*; install"), ("tensor", "report_to=tensor is not known; use none or one of ")])
+def test_where_nothing_can_be_reported(config, name, says, monkeypatch):
+    from transformers.integrations import integration_utils
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+    with pytest.raises(ValueError, match=says) as error: config(use_cpu=True, report_to=name)
+    assert "\n" not in str(error.value)
+    assert not config(use_cpu=True, report_to="none").report_to and config(use_cpu=True, report_to="wandb").report_to == ["wandb"]
+
+
 def test_a_run_cannot_become_shorter_than_it_is(tmp_path, policy):
     "As long as it is, it ends there"
     for name, length, asked in (("s", dict(max_steps=9), "max_steps"), ("e", dict(num_train_epochs=3), "num_train_epochs")):
@@ -472,7 +488,7 @@ def test_every_scheduler_is_had_without_arguments(kind):
     assert SupervisedConfig(use_cpu=True).lr_scheduler_kwargs == {"min_lr_rate": 0.02}
 
 
-@pytest.mark.parametrize("settings", [dict(max_steps=0), dict(max_steps=-1), dict(learning_rate=float("nan")), dict(num_beams=100_000), dict(held_out=-3), dict(seed=-1)])
+@pytest.mark.parametrize("settings", [dict(max_steps=0), dict(max_steps=-1), dict(learning_rate=float("nan")), dict(num_beams=100_000), dict(sample_temperature=0.0), dict(held_out=-3), dict(seed=-1)])
 def test_the_same_ranges_hold_for_configs_made_in_python(settings):
     name, = settings
     with pytest.raises(ValueError, match=f"{name}=.*out of range"): TrainConfig(use_cpu=True, **settings)

@@ -111,6 +111,7 @@ def open_run(folder, config, resume=False, main=True, fixed=(), files=()):
         raise FileExistsError(f"{folder} already holds a run; "
                               "add --resume to continue it, or choose another --output_dir")
     checkpoint = newest_checkpoint(folder) if resume else None
+    if resume: check_recipe(folder, config)
     changed = _changes(folder, config, fixed) if resume else {}
     if resume:
         _check_batch(read_run_config(folder), config, processes_of(checkpoint))
@@ -165,6 +166,18 @@ def _read_inputs(folder):
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read; restore it, or delete it to resume without a check of the problems "
                          "that the run was begun with") from None
+
+
+RECIPES = {"sft": "vocabulary", "train": "rollout"}    # command -> a setting that it alone has
+
+
+def check_recipe(folder, names):
+    "ValueError if the run in a folder is of another command than the one with these settings"
+    recorded = read_run_config(folder)
+    for command, own in RECIPES.items():
+        if own not in recorded or own in names or not any(other in names for other in RECIPES.values()): continue
+        raise ValueError(f"{folder} holds a run of bgrpo {command}; resume it with that command, or choose another "
+                         "--output_dir")
 
 
 def _prepare(folder, config, checkpoint, changed, inputs): # checkpoint None: a new run

@@ -77,7 +77,7 @@ from ..policy.model import PRESETS, load_model, load_tokenizer, new_model, save_
 from .callbacks import RunLog, StopCleanly, run_steps, show_progress
 from .samples import (
     Batches, ProblemStream, SampleBlocks, collate, default_workers, for_last_columns, in_order, make_samples)
-from .trainer_settings import check_scheduler, refuse
+from .trainer_settings import check_reports, check_scheduler, refuse
 from .wandb_logging import at_wandb, guard_wandb
 from ..search.beam_tree import without_attention_plans
 
@@ -147,6 +147,7 @@ class SupervisedConfig(TrainingArguments):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.02}
         _refuse(self)
         super().__post_init__()
+        check_reports(self)
         if not self.resume: check_scheduler(self)    # a run that is resumed was begun with it
 
 def _refuse(c: SupervisedConfig):

@@ -85,7 +85,7 @@ from ..learn.trainer import BGRPOTrainer, load_policy
 from ..policy.loading import known_to, say_known
 from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
-from .trainer_settings import check_scheduler, refuse
+from .trainer_settings import check_reports, check_scheduler, refuse
 from .validation import (
     StartAndEnd, Validator, baseline_for, can_load_best, is_validation, known_problems, of_kind, read_reports,
     refuse_best, refuse_unvalidated, reports_of, saved_step, summary, which_policy, write_reports)
@@ -126,7 +126,7 @@ class TrainConfig(BGRPOConfig):
     wide_beams: int | None = setting(
         None, "a second, wider search of the validation; left out: none", low=1, high=10_000)
     num_samples: int = setting(10, "samples per problem, for pass@k", low=1, high=10_000)
-    sample_temperature: float = setting(0.7, "temperature of those samples")
+    sample_temperature: float = setting(0.7, "temperature of those samples", low=0.001)
     domain: str = setting("QQ", "coefficients of the outer polynomial: QQ, or ZZ for the authors' rule")
     allow_trivial: bool = setting(False, "linear parts count, the authors' rule; a policy learns to write them")
     canonical_only: bool = setting(False, "the reward pays one form of an answer; validation counts every form")
@@ -156,6 +156,7 @@ class TrainConfig(BGRPOConfig):
         if left_out: self.baseline = "mean"     # until the start is measured
         super().__post_init__()
         if left_out: self.baseline = None
+        check_reports(self)
         if not self.resume: check_scheduler(self)    # a run that is resumed was begun with it
 
 def _refuse(c: TrainConfig):
@@ -239,8 +240,10 @@ def choose_problems(config: TrainConfig,
     if config.held_out and not config.resume and not (train and held_out): _refuse_held_out(config, found)
     need = config.generation_batch_size // config.num_generations
     if len(train) < need:
-        raise ValueError(f"{len(train)} problems to train on are fewer than prompts_per_step={need}; "
-                         "lower prompts_per_step, or give more problems")
+        both = len(found) - len(train) if config.eval_problems else 0
+        apart = f" ({both} more are in eval_problems, too)" if both else ""
+        raise ValueError(f"{len(train)} problems to train on{apart} are fewer than prompts_per_step={need}; "
+                         f"lower prompts_per_step, or give {'other' if both else 'more'} problems")
     return train, held_out
 
 # %% ../../nbs/09a_train.ipynb #56edbd24

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 
 import torch
 from transformers import get_scheduler
+from transformers.integrations import integration_utils
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from bgrpo_nb.base.files import first_line
@@ -25,6 +26,19 @@ def refuse(config, **why): # name of a setting -> why it would not be read, and 
     found = given(config)
     for name, words in why.items():
         if name in found: raise ValueError(f"{name}={found[name]} {words}")
+
+
+def check_reports(args): # TrainingArguments
+    "ValueError if `report_to` names what is not known or not installed; without W&B a run goes on, with a warning"
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    there = integration_utils.get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in known: raise ValueError(f"report_to={name} is not known; use none or one of {', '.join(known)}")
+        if name == "wandb" or name in there: continue
+        try: known[name]()
+        except (RuntimeError, ImportError) as e:
+            raise ValueError(f"report_to={name} cannot be used ({first_line(e)}); install what it needs, or leave it "
+                             "out") from None
 
 
 def check_scheduler(args): # TrainingArguments
