@@ -131,6 +131,8 @@ polynomials.
   learns.
 - `recipes.train`: Problems are chosen, a policy is trained by its beams, validated and saved: what `bgrpo train`
   does.
+- `recipes.trainer_settings`: Settings of Transformers' trainer that it looks at only when it starts, checked when
+  a config is made.
 - `recipes.validation`: A policy is measured before, during and after a run, on new problems and on what it knew;
   the best one is saved.
 - `recipes.wandb_logging`: A run at Weights & Biases (W&B): started, continued after a resume, given panels, and

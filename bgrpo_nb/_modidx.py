@@ -1242,6 +1242,8 @@ d = {
     ('sft.html#_orthonormal', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._refuse':
     ('sft.html#_refuse', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._refuse_unread':
+    ('sft.html#_refuse_unread', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._rows_are_not_packed':
     ('sft.html#_rows_are_not_packed', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._train':
@@ -1284,6 +1286,8 @@ d = {
     ('train.html#_generate', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._generated':
     ('train.html#_generated', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._generates':
+    ('train.html#_generates', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._known':
     ('train.html#_known', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._make_trainer':
@@ -1294,6 +1298,10 @@ d = {
     ('train.html#_named_problems', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._refuse':
     ('train.html#_refuse', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._refuse_held_out':
+    ('train.html#_refuse_held_out', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._refuse_unread':
+    ('train.html#_refuse_unread', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._set_apart':
     ('train.html#_set_apart', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._train':
@@ -1366,6 +1374,8 @@ d = {
     ('validation.html#read_reports', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.refuse_best':
     ('validation.html#refuse_best', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.refuse_unvalidated':
+    ('validation.html#refuse_unvalidated', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.reports_of':
     ('validation.html#reports_of', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.saved_step':

@@ -8,12 +8,12 @@ import yaml
 
 from bgrpo_nb.algebra.problems import degree, generate_problems, polynomial_key, read_problems, write_problems
 from bgrpo_nb.base.run_folder import read_metrics
-from bgrpo_nb.cli import main, read_config
-from bgrpo_nb.recipes.train import TrainConfig, choose_problems
+from bgrpo_nb.cli import Fault, main, read_config
+from bgrpo_nb.recipes.train import TrainConfig, choose_problems, train_bgrpo
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs/train").glob("*.yaml"))
-SMALL = """--prompts_per_step 2 --num_generations 4 --held_out 4 --eval_limit 4 --eval_steps 1 --save_steps 1
-    --num_beams 4 --wide_beams 6 --num_samples 2 --known_problems 4 --num_problems 45 --max_steps 2 --warmup_steps 0 --disable_tqdm true""".split()
+SMALL = """--prompts_per_step 2 --num_generations 4 --eval_steps 1 --save_steps 1 --num_beams 4 --wide_beams 6 --num_samples 2
+    --known_problems 4 --max_steps 2 --warmup_steps 0 --disable_tqdm true""".split()
 GROUPS = dict(prompts_per_step=4, num_generations=4, use_cpu=True)
 
 
@@ -46,10 +46,11 @@ def test_a_config_trains_in_both_rollouts(path, here, capsys):
     for name in ("problems", "eval_problems"):
         assert given.get(name, "") in " ".join(lines), f"its first lines do not make {given[name]}"
     for line in lines: assert main(smaller(line).split()) == 0, line
-    evaluated = ["--eval_problems", "test.txt"] if "eval_problems" in given else []
-    changed = {flag.removeprefix("--") for flag in SMALL} | {"beam_width", "output_dir", "eval_problems"}
+    small = [*SMALL, *"--eval_problems test.txt --eval_limit 4".split()] if "eval_problems" in given else [*SMALL, "--held_out", "4"]
+    if "problems" not in given or "hard_fraction" in given: small += ["--num_problems", "45"]
+    changed = {flag.removeprefix("--") for flag in small} | {"beam_width", "output_dir"}
     for rollout in ("beam", "sample"):
-        flags = ["--config", str(path), *SMALL, *evaluated, "--rollout", rollout, "--output_dir", rollout]
+        flags = ["--config", str(path), *small, "--rollout", rollout, "--output_dir", rollout]
         assert main(["train", *flags]) == 0, capsys.readouterr().err
         written = yaml.safe_load((here / rollout / "config.yaml").read_text())
         assert {name: written[name] for name in given if name not in changed} == \
@@ -84,8 +85,8 @@ def test_hard_and_regular_problems_are_mixed(share, own, here):
     hard = generate_problems(60, 3, 2, seed=3)
     write_problems(here / "hard.txt", hard)
     write_problems(here / "regular.txt", generate_problems(90, 2, 2, seed=4))
-    config = TrainConfig(problems="hard.txt", hard_fraction=share, regular_problems="regular.txt" if own else None,
-                         degrees="2_2,2_3", num_problems=50, held_out=20, **GROUPS)
+    regular = dict(regular_problems="regular.txt") if own else dict(degrees="2_2,2_3", num_problems=50)
+    config = TrainConfig(problems="hard.txt", hard_fraction=share, held_out=20, **regular, **GROUPS)
     train, held_out = choose_problems(config)
     assert len(held_out) == 20 and not keys(train) & keys(held_out)
     found = {p.expanded for p in train + held_out}
@@ -99,9 +100,63 @@ def test_hard_and_regular_problems_are_mixed(share, own, here):
 def test_problems_of_several_degrees_are_made(here):
     train, held_out = choose_problems(TrainConfig(degrees="2_2,2_3,3_3", num_problems=90, held_out=0, **GROUPS))
     assert [degree(p.expanded) for p in train].count(9) == 30 and len(train) == 90 and not held_out
+    train, _ = choose_problems(TrainConfig(degrees="2_2,2_3,3_3", num_problems=5, held_out=0, **GROUPS))
+    assert sorted(degree(p.expanded) for p in train) == [4, 4, 6, 6, 9]
 
 
 @pytest.mark.parametrize("wrong,says", [
     (dict(hard_fraction=0.5), "name a file"), (dict(degrees="2_2,3"), "3"), (dict(degrees="2_2,1_3"), "2 or more")])
 def test_a_wrong_choice_of_problems(wrong, says):
     with pytest.raises(ValueError, match=says): TrainConfig(use_cpu=True, **wrong)
+
+
+@pytest.mark.parametrize("words,says", [
+    ("--problems p.txt --regular_problems nowhere.txt", "regular_problems=nowhere.txt is not mixed in"),
+    ("--eval_limit 4", "eval_limit=4 is of eval_problems"), ("--eval_problems e.txt --eval_limit 0", "eval_limit=0 is out of range"),
+    ("--eval_problems e.txt --held_out 4", "held_out=4 keeps problems back"),
+    ("--held_out 0 --known_problems 4", "known_problems=4 are measured with the held-out ones"),
+    ("--problems p.txt --kind multivariate", "kind=multivariate is of generated problems"),
+    ("--problems p.txt --degrees 2_2", "degrees=2_2 is of generated problems"),
+    ("--problems p.txt --num_problems 9", "num_problems=9 is of generated problems"),
+    ("--problems p.txt --regular_problems r.txt --hard_fraction 0.5 --num_problems 9", "num_problems=9 is of generated problems"),
+    ("--variables 4", "variables=4 is of multivariate problems")])
+def test_a_setting_that_would_not_be_read(words, says):
+    with pytest.raises((ValueError, Fault), match=says) as error: read_config(TrainConfig, [*words.split(), "--use_cpu", "true"], "bgrpo train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [
+    "--problems p.txt --kind univariate --degrees 3_2 --num_problems 2000 --variables 3", "--eval_problems e.txt --eval_limit 4 --held_out 0",
+    "--problems p.txt --hard_fraction 0.5 --degrees 2_2 --num_problems 9", "--kind multivariate --variables 4", "--held_out 0 --known_problems 0"])
+def test_a_setting_with_its_default_value_is_read(words):
+    read_config(TrainConfig, [*words.split(), "--use_cpu", "true"], "bgrpo train")
+
+
+@pytest.mark.parametrize("held_out", [12, 500])
+def test_held_out_problems_that_cannot_be_had(held_out, here):
+    "A number that was given is refused; the default is a tenth, here none"
+    write_problems(here / "p.txt", generate_problems(9, 2, 2) + generate_problems(1, 2, 2, seed=9) * 3)
+    with pytest.raises(ValueError, match=f"held_out={held_out} is too many of 12 problems with 10 different.*lower --held_out"):
+        choose_problems(TrainConfig(problems="p.txt", held_out=held_out, **GROUPS))
+    write_problems(here / "same.txt", generate_problems(1, 2, 2) * 12)
+    with pytest.raises(ValueError, match="with 1 different"): choose_problems(TrainConfig(problems="same.txt", held_out=3, **GROUPS))
+    train, kept = choose_problems(TrainConfig(problems="p.txt", **GROUPS))
+    assert len(train) + len(kept) == 12
+    write_problems(here / "p.txt", generate_problems(9, 2, 2))
+    assert [len(found) for found in choose_problems(TrainConfig(problems="p.txt", **GROUPS))] == [9, 0]
+
+
+def test_the_best_is_not_asked_for_where_nothing_is_validated(here, policy):
+    flags = dict(model=str(policy), max_steps=1, report_to="none", max_completion_length=4, disable_tqdm=True, **GROUPS)
+    write_problems(here / "p.txt", generate_problems(9, 2, 2))
+    with pytest.raises(ValueError, match="of 9 none is held out; give --held_out"):
+        train_bgrpo(TrainConfig(problems="p.txt", load_best_model_at_end=True, **flags))
+    with pytest.raises(ValueError, match="of 9 none is held out"):
+        train_bgrpo(TrainConfig(load_best_model_at_end=True, **flags), generate_problems(9, 2, 2))
+    assert train_bgrpo(TrainConfig(problems="p.txt", **flags))["held_out"] == 0
+
+
+def test_problems_that_are_all_held_out(here):
+    write_problems(here / "p.txt", generate_problems(9, 2, 2))
+    with pytest.raises(ValueError, match=r"0 problems to train on \(9 more are in eval_problems, too\) .* give other problems"):
+        choose_problems(TrainConfig(problems="p.txt", eval_problems="p.txt", **GROUPS))

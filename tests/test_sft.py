@@ -26,6 +26,7 @@ from bgrpo_nb.algebra.polynomial import canonical_inner, verify
 from bgrpo_nb.base.ownership import claim_folder
 from bgrpo_nb.base.run_folder import checkpoints, read_metrics, newest_checkpoint
 from bgrpo_nb.recipes.callbacks import StopCleanly
+from bgrpo_nb.recipes.flags import read_config
 from bgrpo_nb.recipes.samples import (
     Batches, ProblemStream, SampleBlocks, bucketed_order, collate, default_workers, for_last_columns, in_order,
     make_samples)
@@ -46,10 +47,11 @@ def start(tmp_path_factory):
 def config(start, tmp_path):
     "Settings of a run of seconds; a call changes some"
     def make(name="run", **changes):
-        common = dict(model=str(start), max_steps=24, coefficient_bound=2, per_device_train_batch_size=16, held_out=16,
+        bound = {} if changes.get("problems") else dict(coefficient_bound=2)   # of generated problems
+        common = dict(model=str(start), max_steps=24, per_device_train_batch_size=16, held_out=16,
                       warmup_steps=4, learning_rate=4e-3, logging_steps=1, eval_steps=12, save_steps=8,
                       disable_tqdm=True, bf16=False)
-        return SupervisedConfig(str(tmp_path / name), **common | changes)
+        return SupervisedConfig(str(tmp_path / name), **common | bound | changes)
     return make
 
 
@@ -202,7 +204,7 @@ def test_held_out_problems_never_come_up_in_training(config, tmp_path):
 
 def test_several_variables(config):
     tokenizer = load_tokenizer("compact_multi")
-    run = config(max_steps=4, kind="multivariate", degrees=["2_2"], vocabulary="compact_multi")
+    run = config(max_steps=4, kind="multivariate", degrees=["2_2"], vocabulary="compact_multi", model=None)
     stream, held_out = make_samples(run, tokenizer)
     made = read_back(stream, tokenizer)
     assert len(made) == 64 and not keys(made) & keys(held_out)
@@ -238,6 +240,35 @@ def test_a_file_that_cannot_be_learnt_from(config, tmp_path, make, fault):
 def test_a_wrong_setting(config, changes, fault):
     with pytest.raises((ValueError, OSError), match=fault) as error: train_policy(config(**changes))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words,fault", [
+    ("--model tiny --preset paper", "preset=paper is of a new policy"),
+    ("--model tiny --vocabulary multi", "vocabulary=multi is of a new policy"),
+    ("--problems q.txt --degrees 4_4", "degrees=.*4_4.* is of generated problems"),
+    ("--problems q.txt --kind multivariate", "kind=multivariate is of generated problems"),
+    ("--problems q.txt --coefficient_bound 3", "coefficient_bound=3 is of generated problems"),
+    ("--variables 4", "variables=4 is of multivariate problems"),
+    ("--optim sgd", "optim=sgd .* use --optimizer adamw"), ("--optim_args lr=1", "optim_args=lr=1"),
+    ("--resume_from_checkpoint s1/checkpoint-1", "resume_from_checkpoint=.* use --resume"),
+    ("--num_train_epochs 7", "num_train_epochs=7.0 .* use max_steps"),
+    ("--remove_unused_columns true", "remove_unused_columns=True must be off"), ("--data_seed 3", "use seed"),
+    ("--dataloader_drop_last true", "all batches are whole")])
+def test_a_setting_that_would_not_be_read(words, fault):
+    with pytest.raises(ValueError, match=fault) as error: read_config(SupervisedConfig, words.split(), "bgrpo sft")
+    assert "\n" not in str(error.value)
+
+
+def test_a_setting_with_its_default_value_is_read(config, tmp_path):
+    words = "--model tiny --preset tiny --vocabulary single --problems q.txt --degrees 2_2 --kind univariate --num_train_epochs 3 --remove_unused_columns false"
+    assert read_config(SupervisedConfig, words.split(), "bgrpo sft").problems == "q.txt"
+    adamw = read_config(SupervisedConfig, "--optimizer adamw --optim sgd".split(), "bgrpo sft")
+    assert adamw.optim == "sgd"
+
+
+def test_degrees_are_read_with_commas_or_spaces():
+    for words in (["2_2,3_2"], ["2_2", "3_2"]):
+        assert read_config(SupervisedConfig, ["--degrees", *words], "bgrpo sft").degrees == ["2_2", "3_2"]
 
 
 def test_a_folder_that_is_taken(config, tmp_path):

@@ -249,6 +249,78 @@ def test_max_steps_of_a_training_may_change(tmp_path, policy):
     assert again.to_dict() | {"resume": False} == epochs.to_dict()
 
 
+def test_a_run_of_another_command_is_not_resumed(run):
+    config = TrainConfig(output_dir=str(run), use_cpu=True, resume=True)
+    with pytest.raises(ValueError, match="holds a run of bgrpo sft; resume it with that command"):
+        with open_run(run, config.to_dict(), resume=True): pass
+
+
+@pytest.mark.parametrize("config", [SupervisedConfig, TrainConfig])
+@pytest.mark.parametrize("name,says", [("tensorboard", "report_to=tensorboard cannot be used .*; install"), ("tensor", "report_to=tensor is not known; use none or one of ")])
+def test_where_nothing_can_be_reported(config, name, says, monkeypatch):
+    from transformers.integrations import integration_utils
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
+    with pytest.raises(ValueError, match=says) as error: config(use_cpu=True, report_to=name)
+    assert "\n" not in str(error.value)
+    assert not config(use_cpu=True, report_to="none").report_to and config(use_cpu=True, report_to="wandb").report_to == ["wandb"]
+
+
+def test_a_run_cannot_become_shorter_than_it_is(tmp_path, policy):
+    "As long as it is, it ends there"
+    for name, length, asked in (("s", dict(max_steps=9), "max_steps"), ("e", dict(num_train_epochs=3), "num_train_epochs")):
+        where = tmp_path / name
+        with open_run(where, TrainConfig(output_dir=str(where), model=str(policy), use_cpu=True, **length).to_dict()): pass
+        state = checkpoint_at(where, 6, sealed=False) / "trainer_state.json"
+        state.write_text(json.dumps({"global_step": 6, "epoch": 2.0}))
+        ck.seal(state.parent, state)
+        is_at = {"max_steps": 6, "num_train_epochs": 2}[asked]
+        for value in (is_at - 1, is_at, is_at + 1):
+            config = read_config(TrainConfig, ["--output_dir", str(where), "--resume", f"--{asked}", str(value)], "bgrpo train").to_dict()
+            if value >= is_at:
+                with open_run(where, config, resume=True): pass
+                continue
+            before = snapshot(where)
+            with pytest.raises(ValueError, match=f"{asked}={value}.* is less than the {is_at} that"):
+                with open_run(where, config, resume=True): pass
+            assert snapshot(where) == before
+
+
+STEP = "--max_steps 1 --save_steps 1 --warmup_steps 0 --use_cpu true --disable_tqdm true --report_to none".split()
+TRAIN = "--prompts_per_step 2 --num_generations 2 --num_beams 2 --num_samples 2 --max_completion_length 4".split()
+READS = {
+    "sft problems": ["sft", *STEP, "--held_out", "4", "--problems", "p.txt"],
+    "train problems": ["train", *STEP, *TRAIN, "--held_out", "4", "--problems", "p.txt"],
+    "train eval_problems": ["train", *STEP, *TRAIN, "--num_problems", "4", "--eval_problems", "p.txt"],
+    "train regular_problems": ["train", *STEP, *TRAIN, "--held_out", "0", "--problems", "hard.txt",
+                               "--hard_fraction", "0.5", "--regular_problems", "p.txt"],
+}
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_a_file_with_another_content_is_refused_by_name(reads, policy, tmp_path, monkeypatch, capsys):
+    "An empty line more, or another end of the lines, is the same content; a run of an earlier version has no record"
+    monkeypatch.chdir(tmp_path)
+    write_problems("p.txt", generate_problems(12, 2, 2, seed=1))
+    write_problems("hard.txt", generate_problems(12, 2, 2, seed=2))
+    words, setting = [*READS[reads], "--model", policy, "--output_dir", "run"], reads.split()[1]
+    assert said(capsys, *words)[0] == 0
+    as_it_was = Path("p.txt").read_bytes()
+    write_problems("p.txt", generate_problems(13, 2, 2, seed=3))
+    before = snapshot("run")
+    status, err = said(capsys, *words[:1], "--output_dir", "run", "--resume")
+    assert status == 2 and f"{setting}=p.txt has another content (13 lines)" in err and "restore the file" in err
+    assert len(err.splitlines()) == 1 and snapshot("run") == before
+    Path("run/inputs.json").write_text("{")
+    status, err = said(capsys, *words[:1], "--output_dir", "run", "--resume")
+    assert status == 2 and "inputs.json cannot be read; restore it, or delete it" in err
+    Path("run/inputs.json").write_bytes(before["inputs.json"])
+    Path("p.txt").write_bytes(as_it_was.replace(b"\n", b"\r\n") + b"\n\n")
+    assert said(capsys, *words[:1], "--output_dir", "run", "--resume")[0] == 0
+    Path("run/inputs.json").unlink()
+    assert said(capsys, *words[:1], "--output_dir", "run", "--resume")[0] == 0
+    assert json.loads(Path("run/inputs.json").read_text())[setting]["n"] == 12
+
+
 def test_batches_keep_their_size_on_another_number_of_processes(tmp_path, monkeypatch):
     config = dict(per_device_train_batch_size=12, output_dir=str(tmp_path / "run"))
     with open_run(tmp_path / "run", config): pass
@@ -397,7 +469,26 @@ def test_degrees_in_a_file_are_degrees(tmp_path):
     assert read_config(SupervisedConfig, ["--config", str(tmp_path / "c.yaml"), "--use_cpu"], "bgrpo sft").degrees == ["3_2"]
 
 
-@pytest.mark.parametrize("settings", [dict(max_steps=0), dict(max_steps=-1), dict(learning_rate=float("nan")), dict(num_beams=100_000), dict(held_out=-3), dict(seed=-1)])
+@pytest.mark.parametrize("config", [SupervisedConfig, TrainConfig])
+@pytest.mark.parametrize("flags,says", [
+    (["--lr_scheduler_kwargs", "foo"], "lr_scheduler_kwargs=foo cannot be read; use a map"),
+    (["--lr_scheduler_type", "linear", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'], "has 'min_lr_rate', which lr_scheduler_type=linear does not take; it takes: none"),
+    (["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", '{"power": 2}'], "has 'power', which lr_scheduler_type=constant"),
+    (["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", "{}"], "it takes: num_cycles, min_lr, min_lr_rate"),
+    (["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"power": "high"}'], "it takes: lr_end, power"),
+    (["--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs", '{"patient": 3}'], "patient")])
+def test_arguments_that_do_not_fit_the_scheduler(config, flags, says):
+    with pytest.raises(ValueError) as error: read_config(config, ["--use_cpu", "true", *flags], "bgrpo x")
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1, error.value
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"])
+def test_every_scheduler_is_had_without_arguments(kind):
+    for config in (SupervisedConfig, TrainConfig): assert not config(use_cpu=True, lr_scheduler_type=kind).lr_scheduler_kwargs
+    assert SupervisedConfig(use_cpu=True).lr_scheduler_kwargs == {"min_lr_rate": 0.02}
+
+
+@pytest.mark.parametrize("settings", [dict(max_steps=0), dict(max_steps=-1), dict(learning_rate=float("nan")), dict(num_beams=100_000), dict(sample_temperature=0.0), dict(held_out=-3), dict(seed=-1)])
 def test_the_same_ranges_hold_for_configs_made_in_python(settings):
     name, = settings
     with pytest.raises(ValueError, match=f"{name}=.*out of range"): TrainConfig(use_cpu=True, **settings)

@@ -10,6 +10,8 @@ import pytest
 from bgrpo_nb.recipes import wandb_logging
 from bgrpo_nb.algebra.problems import generate_problems, write_problems
 from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
+from bgrpo_nb.recipes.sft import SupervisedConfig
+from bgrpo_nb.recipes.train import TrainConfig
 
 wandb = pytest.importorskip("wandb")
 BIN = Path(sys.executable).parent
@@ -104,3 +106,20 @@ def test_online_where_somebody_is_logged_in_and_offline_where_the_server_is_away
     away = True
     with pytest.warns(UserWarning, match="logged offline"): wandb_logging.start_wandb(tmp_path)
     assert asked[1:] == [("online", "allow"), ("offline", None)]
+
+
+@pytest.mark.parametrize("flags,environment,named", [
+    ({}, {}, ("run", "bgrpo")), (dict(run_name="mine", project="ours"), {}, ("mine", "ours")),
+    (dict(run_name="mine", project="ours"), dict(WANDB_NAME="its", WANDB_PROJECT="theirs"), ("its", "theirs"))])
+def test_a_run_and_its_project_are_called_as_asked(flags, environment, named, monkeypatch, tmp_path):
+    asked = []
+    def init(name, project, **rest):
+        asked.append((name, project))
+        return type("Run", (), {"id": "abc"})()
+    for name in ("WANDB_NAME", "WANDB_PROJECT"): monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(wandb, "init", init)
+    (tmp_path / "run").mkdir()
+    for config in (TrainConfig, SupervisedConfig):
+        with wandb_logging.at_wandb(config(output_dir=str(tmp_path / "run"), use_cpu=True, report_to=["wandb"], **flags)): pass
+    assert asked == [named] * 2

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bgrpo_nb.base.checkpoints import can_resume, checkpoints, newest_checkpoint, processes_of, set_aside, step_of
-from bgrpo_nb.base.files import write_text
+from bgrpo_nb.base.files import write_json, write_text
 from bgrpo_nb.base.ownership import check_owner, claim_folder, locked
 from bgrpo_nb.base.strict_yaml import read_yaml
 
@@ -68,10 +68,18 @@ def describe_lines(name, lines):
     return dict(name=name, n=len(lines), sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest())
 
 
+def describe_file(path):
+    "`describe_lines` of a text file; empty lines, and how a line ends, do not count"
+    if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}; `bgrpo generate` makes one")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    return describe_lines(str(path), [line.strip() for line in text.splitlines() if line.strip()])
+
+
 # Opening a run
 
 DERIVED = {"generation_batch_size"}  # not written to config.yaml: TRL refuses it together with what it follows from
 HISTORY = "changes.jsonl"            # what was changed when a run was resumed
+INPUTS = "inputs.json"               # the content of the files that a run reads: setting -> `describe_file`
 
 # What may change when a run is resumed: where it runs, what it reports, how long it is, and when it validates and saves
 MAY_CHANGE = frozenset("""
@@ -90,26 +98,31 @@ MAY_CHANGE = frozenset("""
 
 
 @contextmanager
-def open_run(folder, config, resume=False, main=True, fixed=()):
+def open_run(folder, config, resume=False, main=True, fixed=(), files=()):
     """A run's folder, made or opened again before anything is computed, and locked while the block runs.
 
     Gives the checkpoint to resume from, or None. Only the `main` process writes. FileExistsError if the folder holds
     another run or is somebody else's, FileNotFoundError if there is nothing to resume, ValueError for a setting that is
-    not the run's (of those that may change, `fixed` may not), OSError if the folder cannot be written."""
+    not the run's (of those that may change, `fixed` may not) or a file with another content (`files`: the settings that
+    name one), OSError if the folder cannot be written."""
     folder, config = Path(folder), _as_written(config)
     check_owner(folder, *RUNS, was_ours=is_run)
     if not resume and (can_resume(folder) or (folder / "result.json").exists()):
         raise FileExistsError(f"{folder} already holds a run; "
                               "add --resume to continue it, or choose another --output_dir")
     checkpoint = newest_checkpoint(folder) if resume else None
+    if resume: check_recipe(folder, config)
     changed = _changes(folder, config, fixed) if resume else {}
-    if resume: _check_batch(read_run_config(folder), config, processes_of(checkpoint))
+    if resume:
+        _check_batch(read_run_config(folder), config, processes_of(checkpoint))
+        _check_length(config, checkpoint)
+    inputs = check_files(folder, config, files, resume)
     if not main:
         yield checkpoint
         return
     claim_folder(folder, *RUNS, was_ours=is_run)
     with locked(folder):
-        try: _prepare(folder, config, checkpoint, changed)
+        try: _prepare(folder, config, checkpoint, changed, inputs)
         except OSError as e:
             message = f"the run folder {folder} cannot be written ({e.strerror or e}); choose another --output_dir"
             raise OSError(message) from None
@@ -132,9 +145,46 @@ def read_run_config(folder):
     return read_yaml(Path(folder) / "config.yaml")
 
 
-def _prepare(folder, config, checkpoint, changed): # checkpoint None: a new run
+def check_files(folder, config, files, resume): # files: names of settings that name a file
+    "What the files hold, setting -> `describe_file`; ValueError where it is not what the resumed run was begun with"
+    found = {name: describe_file(config[name]) for name in files if config.get(name)}
+    recorded = _read_inputs(folder) if resume else {}
+    for name, now in found.items():
+        was = recorded.get(name, now)    # a run of an earlier version has no record
+        if was["sha256"] == now["sha256"]: continue
+        raise ValueError(f"{name}={now['name']} has another content ({now['n']} lines) than when the run in {folder} "
+                         f"was begun ({was['n']} lines); restore the file to resume, or begin another run in another "
+                         "--output_dir")
+    return found
+
+
+def _read_inputs(folder):
+    "What a run recorded of the files that it reads; empty for a run of an earlier version"
+    path = Path(folder) / INPUTS
+    if not path.exists(): return {}
+    try: return {name: dict(n=was["n"], sha256=was["sha256"]) for name, was in json.loads(path.read_text()).items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} cannot be read; restore it, or delete it to resume without a check of the problems "
+                         "that the run was begun with") from None
+
+
+RECIPES = {"sft": "vocabulary", "train": "rollout"}    # command -> a setting that it alone has
+
+
+def check_recipe(folder, names):
+    "ValueError if the run in a folder is of another command than the one with these settings"
+    recorded = read_run_config(folder)
+    for command, own in RECIPES.items():
+        if own not in recorded or own in names or not any(other in names for other in RECIPES.values()): continue
+        raise ValueError(f"{folder} holds a run of bgrpo {command}; resume it with that command, or choose another "
+                         "--output_dir")
+
+
+def _prepare(folder, config, checkpoint, changed, inputs): # checkpoint None: a new run
     "Remove what a killed run left half done, and write the config of a new one"
     set_aside(folder, checkpoint)
+    if inputs: write_json(folder / INPUTS, inputs)
+    else: (folder / INPUTS).unlink(missing_ok=True)
     step = step_of(checkpoint) if checkpoint else -1
     _forget_after(folder / "metrics.jsonl", step)
     if checkpoint is None: _write_config(folder, config)
@@ -178,6 +228,17 @@ def _check_batch(recorded, config, processes):
     way = f"give --{name} {rows // now}" if rows % now == 0 else f"resume with {processes}"
     raise ValueError(f"{name}={config[name]} on {now} processes makes other batches than the run's, which had "
                      f"{recorded[name]} on {processes}; {way}")
+
+
+def _check_length(config, checkpoint):
+    "ValueError if the run is to be shorter than it is already"
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    name, taken = "max_steps", step_of(checkpoint)
+    if not config.get(name): name, taken = "num_train_epochs", state.get("epoch") or 0
+    asked = config.get(name)
+    if not asked or asked > taken - 1e-3: return    # passes are counted as sums of shares of one
+    raise ValueError(f"{name}={asked} is less than the {taken:g} that the run has behind it; give {taken:g} to end it "
+                     "there, or more to continue")
 
 
 def _forget_after(path, step):

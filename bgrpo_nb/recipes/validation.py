@@ -40,8 +40,8 @@ support."""
 # %% auto #0
 __all__ = ['COMPARED', 'KNOWN_SEED', 'SOLVES_MOST', 'HARMFUL', 'CAREFUL', 'ADVICE', 'TITLES', 'Change',
            'sign_test_interval', 'changes', 'in_one_line', 'of_kind', 'known_problems', 'Validator', 'baseline_for',
-           'advice_for_start', 'refuse_best', 'can_load_best', 'StartAndEnd', 'saved_step', 'which_policy',
-           'is_validation', 'reports_of', 'write_reports', 'read_reports', 'summary']
+           'advice_for_start', 'refuse_best', 'refuse_unvalidated', 'can_load_best', 'StartAndEnd', 'saved_step',
+           'which_policy', 'is_validation', 'reports_of', 'write_reports', 'read_reports', 'summary']
 
 # %% ../../nbs/09c_validation.ipynb #09cval03
 import warnings
@@ -238,6 +238,10 @@ def refuse_best(c, best: str): # a TrainConfig that asks for the best; its metri
     if best == "kl_to_start": raise ValueError(f"{asked} by kl_to_start would always be the start; use another metric")
     if c.held_out == 0 and not c.eval_problems:
         raise ValueError(f"{asked} needs problems to validate on, and held_out=0; leave one of them out")
+
+def refuse_unvalidated(n: int): # problems to train on, where none is held out
+    raise ValueError(f"load_best_model_at_end=True needs problems to validate on, and of {n} none is held out; give "
+                     "--held_out or more problems, or leave load_best_model_at_end out")
 
 def can_load_best(c) -> bool: # a TrainConfig
     "Whether each checkpoint is validated by a metric that can be best"

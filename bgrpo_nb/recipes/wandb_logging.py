@@ -2,14 +2,14 @@
 
 Configuration and metrics go through Transformers' own callback; this module adds the rest. Whatever goes wrong with W&B
 is a warning, and the training continues without it. wandb is imported only when a run logs there. The environment
-variables `WANDB_MODE`, `WANDB_PROJECT` and `WANDB_RUN_ID` have priority over what is chosen here."""
+variables `WANDB_MODE`, `WANDB_PROJECT`, `WANDB_NAME` and `WANDB_RUN_ID` have priority over what is chosen here."""
 import os
 import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import WandbCallback
 
 from bgrpo_nb.base.extras import need
@@ -24,7 +24,8 @@ def at_wandb(config, main=True): # gives a dict for the best values: metric -> w
     "W&B's run around a training, if the config asks for it and W&B can be had"
     summary, failed = {}, True
     asked = "wandb" in config.report_to
-    if asked and main and _attempt(start_wandb, config.output_dir) is None: config.report_to.remove("wandb")
+    named = config.run_name, _project_of(config)
+    if asked and main and _attempt(start_wandb, config.output_dir, *named) is None: config.report_to.remove("wandb")
     try:
         yield summary
         failed = False
@@ -43,7 +44,13 @@ def _attempt(call, *arguments):
         return None
 
 
-def start_wandb(folder=None): # the run's folder
+def _project_of(config):
+    "The setting `project`; None where it is the default, which is meant for other places"
+    project = getattr(config, "project", None)
+    return None if project == getattr(TrainingArguments, "project", None) else project
+
+
+def start_wandb(folder=None, name=None, project=None): # the run's folder; left out: the folder's name, and bgrpo
     "W&B's run object: online if the user is logged in, else offline in the run's folder; a resumed run is continued"
     report_nothing()
     need("wandb", "wandb")
@@ -53,22 +60,22 @@ def start_wandb(folder=None): # the run's folder
     id_file = Path(folder) / "wandb_run.txt" if folder else None
     run_id = os.environ.get("WANDB_RUN_ID")
     if not run_id and id_file and id_file.exists(): run_id = id_file.read_text().strip()
-    try: run = _init(mode, folder, run_id)
+    named = dict(name=name or (Path(folder).name if folder else None), project=project or "bgrpo")
+    try: run = _init(mode, folder, run_id, **named)
     except wandb.Error as e:
         if mode != "online": raise
         warnings.warn(f"W&B cannot be reached ({e}); this run is logged offline, `wandb sync` sends it later")
-        run = _init("offline", folder, run_id)
+        run = _init("offline", folder, run_id, **named)
     if id_file and mode != "disabled": id_file.write_text(run.id + "\n")
     return run
 
 
-def _init(mode, folder, run_id): # mode: online, offline or disabled
+def _init(mode, folder, run_id, name, project): # mode: online, offline or disabled
     import wandb
     online = mode == "online"
     settings = wandb.Settings(silent=not online, init_timeout=SECONDS_TO_START, finish_timeout=SECONDS_TO_END)
-    return wandb.init(project=os.environ.get("WANDB_PROJECT", "bgrpo"), dir=folder, mode=mode, id=run_id,
-                      name=Path(folder).name if folder else None, resume="allow" if online else None,
-                      settings=settings)
+    return wandb.init(project=os.environ.get("WANDB_PROJECT") or project, dir=folder, mode=mode, id=run_id,
+                      name=os.environ.get("WANDB_NAME") or name, resume="allow" if online else None, settings=settings)
 
 
 def agent_flags(argv, first=()): # flags as given at the terminal, and those that all others override

@@ -285,12 +285,12 @@ def train_starts():
     "Policies of every strength on 2∘2: parts of one supervised run, each with a decay of its learning rate"
     parent = OUT / "starts/run"
     common = dict(degrees=["2_2"], per_device_train_batch_size=64, eval_strategy="no", report_to="none", use_cpu=True,
-                  disable_tqdm=True, held_out=64, vocabulary="compact")
+                  disable_tqdm=True, held_out=64)
     if not (parent / "result.json").exists():
         if parent.exists(): shutil.rmtree(parent)        # of a process that was killed
         train_policy(SupervisedConfig(output_dir=str(parent), max_steps=600, learning_rate=2e-3, warmup_steps=50,
                                       lr_scheduler_type="constant_with_warmup", lr_scheduler_kwargs={}, seed=5,
-                                      save_steps=50, save_total_limit=30, **common))
+                                      save_steps=50, save_total_limit=30, vocabulary="compact", **common))
     found = {}
     for step, decay in DECAYS:
         name = f"step{step}" if decay == 60 else f"step{step}-{decay}"
