@@ -2572,6 +2572,8 @@ d = {
     ('launcher.html#_crew.start', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._Crew.start_all':
     ('launcher.html#_crew.start_all', 'bgrpo_nb/study/launcher.py'),
+   'bgrpo_nb.study.launcher._claim_for_wandb':
+    ('launcher.html#_claim_for_wandb', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._columns':
     ('launcher.html#_columns', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._counts':
@@ -2680,6 +2682,8 @@ d = {
     ('run_readers.html#_fields', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._first':
     ('run_readers.html#_first', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers._is_home':
+    ('run_readers.html#_is_home', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._is_run':
     ('run_readers.html#_is_run', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._load':
@@ -2896,24 +2900,34 @@ d = {
     ('trials.html#_account', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._byte_before':
     ('trials.html#_byte_before', 'bgrpo_nb/study/trials.py'),
-   'bgrpo_nb.study.trials._check_existence':
-    ('trials.html#_check_existence', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._cut_torn_line':
     ('trials.html#_cut_torn_line', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._elsewhere':
+    ('trials.html#_elsewhere', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._enqueue':
     ('trials.html#_enqueue', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._enqueue_other_seeds':
     ('trials.html#_enqueue_other_seeds', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._fail':
     ('trials.html#_fail', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._find_study':
+    ('trials.html#_find_study', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._holds_trials_of':
+    ('trials.html#_holds_trials_of', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._is_account_of':
+    ('trials.html#_is_account_of', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._is_duplicate':
     ('trials.html#_is_duplicate', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._journal':
+    ('trials.html#_journal', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._judge':
     ('trials.html#_judge', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._key':
     ('trials.html#_key', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._last_value':
     ('trials.html#_last_value', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._make_study':
+    ('trials.html#_make_study', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._next_planned':
     ('trials.html#_next_planned', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._open_postgres':
@@ -2922,6 +2936,10 @@ d = {
     ('trials.html#_point', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._prepare':
     ('trials.html#_prepare', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._read_json':
+    ('trials.html#_read_json', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._record':
+    ('trials.html#_record', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._return_one':
     ('trials.html#_return_one', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._suggest':
@@ -2930,6 +2948,12 @@ d = {
     ('trials.html#_take_checkpoints', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._tell':
     ('trials.html#_tell', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.alone':
+    ('trials.html#alone', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.check_folder':
+    ('trials.html#check_folder', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.check_study':
+    ('trials.html#check_study', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.claim':
     ('trials.html#claim', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.folder_of':
@@ -2944,12 +2968,16 @@ d = {
     ('trials.html#open_storage', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.open_study':
     ('trials.html#open_study', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.record_of':
+    ('trials.html#record_of', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.return_lost':
     ('trials.html#return_lost', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.run_trial':
     ('trials.html#run_trial', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.work':
     ('trials.html#work', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.write_record':
+    ('trials.html#write_record', 'bgrpo_nb/study/trials.py'),
   },
  },
 }

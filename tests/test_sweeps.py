@@ -18,6 +18,7 @@ from bgrpo_nb.base.ownership import claim_folder
 from bgrpo_nb.cli import main
 from bgrpo_nb.base.processes import MARK, shares, visible_gpus
 from bgrpo_nb.study.analysis import read_runs
+from bgrpo_nb.study.run_readers import read_study
 from bgrpo_nb.study.sweeps import SweepError, plan, read_sweep
 from bgrpo_nb.study.trials import LEASE, TrialState, claim, open_storage, open_study, return_lost, run_trial
 
@@ -492,6 +493,42 @@ def test_a_changed_file_is_not_resumed(place):
     assert launch("grid.yaml", "--run_cap", 1, "--resume", "--output_dir", "out")[0] == 0
 
 
+def contents(folder): return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def of_an_earlier_version(folder):
+    "Neither a record in the folder nor an id in the study"
+    (folder / "optuna.json").unlink()
+    journal = folder / "journal.log"
+    journal.write_text("".join(line for line in journal.read_text().splitlines(True) if '"user_attr": {"id":' not in line))
+
+
+SAYS = dict(other="another --output_dir", storage="another --output_dir", same="add --resume")
+@pytest.mark.parametrize("old", [False, True], ids=["recorded", "earlier_version"])
+def test_a_folder_holds_the_trials_of_one_sweep(place, capsys, old):
+    "Whatever is asked for, the first sweep stays as it is, and can be resumed"
+    folder, other = place / "out", write(place, name="other")
+    assert launch("grid.yaml", "--run_cap", 2, "--output_dir", folder)[0] == 0
+    if old: of_an_earlier_version(folder)
+    before, around = contents(folder), sorted(p.name for p in place.iterdir())
+    for words, says in ((f"{other} --run_cap 2", "other"), (f"{other} --run_cap 2 --resume", "other"), ("grid.yaml --run_cap 2 --name renamed", "other"), ("grid.yaml --run_cap 2", "same"),
+                        ("grid.yaml --run_cap 2 --storage st.log", "storage"), ("grid.yaml --run_cap 2 --storage st.log --resume", "storage")):
+        assert main(["sweep", *words.split(), "--output_dir", str(folder), "--engine", "optuna"]) == 2
+        said = capsys.readouterr().err.strip()
+        assert SAYS[says] in said and len(said.splitlines()) == 1 and "--name" not in said, said
+        assert contents(folder) == before and sorted(p.name for p in place.iterdir()) == around
+    assert launch("grid.yaml", "--run_cap", 2, "--output_dir", folder, "--resume")[0] == 0
+    assert metrics(folder).keys() == {"0000", "0001"} and contents(folder).items() >= {k: v for k, v in before.items() if "trials" in k.parts}.items()
+
+
+def test_sweeps_that_share_a_storage_keep_folders_of_their_own(place, capsys):
+    file = write(place, name="other", parameters=dict(x=dict(values=[7, 8]), y=dict(values=[0.0])))
+    for words in (["grid.yaml", "--run_cap", 2, "--output_dir", "one"], [file, "--output_dir", "two"]): assert launch(*words, "--storage", "one/journal.log")[0] == 0
+    assert main(["sweep", "other.yaml", "--storage", "one/journal.log", "--output_dir", "three"]) == 2 and "another --output_dir and --name" in capsys.readouterr().err
+    assert [r.folder for r in read_study("one/journal.log", "other")] == [None, None]
+    assert [Path(r.folder).parts[-3] for r in read_study("one/journal.log", "grid")] == ["one", "one"]
+
+
 def test_gpus_go_round_and_threads_are_shared(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert [s["CUDA_VISIBLE_DEVICES"] for s in shares(3, ["2", "5"])] == ["2", "5", "2"]
@@ -589,6 +626,10 @@ def test_wandb_failures_are_counted_and_a_running_sweep_is_joined(place):
         assert first.wait(120) == 0 and len([a for a in server.agents.values() if a["sweep"] == "s2"]) == 2
         found = [p.parent.name for folder in ("here", "there") for p in (place / folder).glob("trials/*/result.json")]
         assert len(found) == len(set(found)) == 4
+        before, made = contents(place / "here"), len(server.sweeps)
+        for words in (["other.yaml", "--name", "another"], ["grid.yaml", "--engine", "optuna"], ["--join", "us/bgrpo_nb/s1"]):
+            status, said = launch(*words, "--output_dir", "here", **server.env)
+            assert status == 2 and "us/bgrpo_nb/s2); choose another --output_dir" in said and contents(place / "here") == before and len(server.sweeps) == made, said
         status, said = launch("--join", "us/bgrpo_nb/s3", **server.env)
         assert status == 2 and "W&B: Could not find sweep" in said and len(said.strip().splitlines()) == 1, said
 

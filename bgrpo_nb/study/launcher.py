@@ -52,7 +52,9 @@ from ..base.ownership import check_owner, claim_folder
 from ..base.processes import end, follow, shares, start, tie_to_parent
 from ..base.signals import handled
 from .sweeps import Sweep, SweepError, axis, draw, plan, read_sweep, size, words
-from .trials import last_line, open_storage, open_study, return_lost, work
+from bgrpo_nb.study.trials import (
+    alone, check_folder, check_study, last_line, open_storage, open_study, return_lost, work, write_record,
+)
 
 # %% ../../nbs/10b_launcher.ipynb #dc70c82a
 def describe(sweep: Sweep, points: list) -> list[str]:
@@ -169,6 +171,8 @@ def run_optuna(sweep: Sweep, file, folder, workers=1, storage=None, seed=0, resu
                ) -> int:                # exit status: 0, 1 (none finished, or points are left), 130 (stopped)
     "Run a sweep with `workers` processes"
     folder, show = Path(folder).resolve(), show or Screen()
+    check_owner(folder, "sweep", was_ours=is_sweep)
+    check_study(sweep.name, folder, storage, resume)
     claim_folder(folder, "sweep", was_ours=is_sweep)
     study = open_study(sweep, folder, storage, seed, resume)
     if not resume or not (folder / "sweep.yaml").exists(): shutil.copyfile(file, folder / "sweep.yaml")
@@ -341,7 +345,9 @@ def run_wandb(sweep, file, folder, agents=1, entity=None, project=None,
               ) -> int:    # exit status: 0, 1 (no run finished), 130 (stopped)
     "Run a sweep at W&B with `agents` processes, or help one that is running"
     import wandb
-    if folder: check_owner(folder, "sweep", was_ours=is_sweep)
+    if folder:
+        check_owner(folder, "sweep", was_ours=is_sweep)
+        if not join: check_folder(folder, None) # before W&B makes the sweep
     try: return _run_agents(wandb, sweep, file, folder, agents, entity, project, join, shares(agents, gpus, threads),
                             show or Screen())
     except SweepError: raise
@@ -352,13 +358,12 @@ def run_wandb(sweep, file, folder, agents=1, entity=None, project=None,
 def _run_agents(wandb, sweep, file, folder, agents, entity, project, join, shares_of_agents, show) -> int:
     path = _sweep_path(wandb, join, entity, project) if join else _create(wandb, sweep, entity, project)
     wandb.Api().sweep(path) # an agent would wait for one that does not exist
-    print(f"sweep {path}; help it from another machine with: bgrpo sweep --join {path}", flush=True)
     folder = Path(folder or Path("runs/sweeps") / path.split("/")[-1]).resolve()
+    _claim_for_wandb(folder, dict(path=path))
+    print(f"sweep {path}; help it from another machine with: bgrpo sweep --join {path}", flush=True)
     logs = folder / "agents"
-    claim_folder(folder, "sweep", was_ours=is_sweep)
     logs.mkdir(parents=True, exist_ok=True)
     if file: shutil.copyfile(file, folder / "sweep.yaml")
-    write_json(folder / "wandb.json", dict(path=path))
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     common = os.environ | {FOLDER: str(folder), "WANDB_DIR": str(folder), "PATH": programs}
     command = [sys.executable, "-m", "wandb", "agent", path]
@@ -374,6 +379,14 @@ def _run_agents(wandb, sweep, file, folder, agents, entity, project, join, share
             print(f"agent {i} ended with status {p.returncode}: {last_lines(logs / f'{i}.txt')}", file=sys.stderr)
     runs = list(wandb.Api().sweep(path).runs) # an agent ends with 0 even when every run failed
     return 0 if any(r.state == "finished" for r in runs) else 1
+
+def _claim_for_wandb(folder, record):
+    check_owner(folder, "sweep", was_ours=is_sweep)
+    check_folder(folder, record)
+    claim_folder(folder, "sweep", was_ours=is_sweep)
+    with alone(folder):
+        check_folder(folder, record)
+        write_record(folder, "wandb.json", record)
 
 def _watch_agents(wandb, path, crew, stop, show):
     "A new table every ten seconds, until all agents have ended or a stop is asked for"

@@ -276,21 +276,28 @@ def read_study(where,                     # journal file, or a storage's URL
     loaded = optuna.load_study(study_name=study, storage=storage)
     metric = (loaded.user_attrs.get("account") or {}).get("metric") or metric
     trials = loaded.get_trials(deepcopy=False)
+    if not _is_home(beside, loaded): beside = None
     return [_read_trial(t, beside, metric) for t in trials if t.state.name != "WAITING"]
 
 # %% ../../nbs/10c_run_readers.ipynb #e3c49dcc
-def _read_trial(trial, beside: Path, metric: str) -> Run:
+def _is_home(folder: Path, study) -> bool:
+    "Are the trials in a folder those of this study? Folders of earlier versions do not say so"
+    record = _load_names(folder / "optuna.json")
+    return not record or record == dict(name=study.study_name, id=study.user_attrs.get("id"))
+
+def _read_trial(trial, beside: Path | None, metric: str) -> Run:
     "An Optuna trial, from its folder where that is there"
     noted, state = trial.user_attrs, _OPTUNA_STATES.get(trial.state.name, "running")
-    folder = beside / noted["folder"] if "folder" in noted else None
+    folder = beside / noted["folder"] if beside and "folder" in noted else None
     if folder and folder.is_dir():
         found = read_folder(folder)
         if state == "running": return found
         return replace(found, state=state, reason="" if state == "finished" else found.reason)
     values = trial.intermediate_values
     if not values and trial.value is not None: values = {None: trial.value}
+    name = Path(noted.get("folder") or f"{trial.number:04d}").name
     return Run(
-        run=Path(noted["folder"]).name if folder else f"{trial.number:04d}", state=state, parameters=trial.params,
+        run=name, state=state, parameters=trial.params,
         history=[{"step": step, metric: value} for step, value in sorted(values.items())],
         attempt=noted.get("attempt"), planned=noted.get("planned"), seed=noted.get("seed", trial.params.get("seed")),
         seconds=trial.duration.total_seconds() if trial.duration else None, date=str(trial.datetime_start)[:10],
