@@ -2792,6 +2792,8 @@ d = {
     ('run_table.html#_is_number', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table._last_metrics':
     ('run_table.html#_last_metrics', 'bgrpo_nb/study/run_table.py'),
+   'bgrpo_nb.study.run_table._levels':
+    ('run_table.html#_levels', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table._means_by':
     ('run_table.html#_means_by', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table._no_history':
