@@ -2582,6 +2582,8 @@ d = {
     ('launcher.html#_create', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._end_all':
     ('launcher.html#_end_all', 'bgrpo_nb/study/launcher.py'),
+   'bgrpo_nb.study.launcher._failed_points':
+    ('launcher.html#_failed_points', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._grid_size':
     ('launcher.html#_grid_size', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._in_words':
@@ -2668,6 +2670,8 @@ d = {
   'bgrpo_nb.study.run_readers': {
    'bgrpo_nb.study.run_readers.Run':
     ('run_readers.html#run', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers.Run.__post_init__':
+    ('run_readers.html#run.__post_init__', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._as_dict':
     ('run_readers.html#_as_dict', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._change_metrics':

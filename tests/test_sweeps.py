@@ -267,9 +267,23 @@ def test_stopped_and_resumed(place, number):
     assert process.returncode == 130 and "trials are left; continue with" in said, said
     found = trials(folder)
     assert not orphans(folder) and not running(found) and [t.user_attrs["lost"] for t in found if "lost" in t.user_attrs] == [0, 0]
+    assert "failed" not in said
     (folder / "slow").unlink()
-    assert launch("grid.yaml", "--workers", 2, "--output_dir", folder, "--resume")[0] == 0
+    status, said = launch("grid.yaml", "--workers", 2, "--output_dir", folder, "--resume")
+    assert status == 0 and said.count("36 of 36 done") == 1 and "failed" not in said, said
     each_point_once(folder, trials(folder))
+    for source in (folder, folder / "journal.log"): assert read_runs(source).counts() == "36 finished, 2 interrupted"
+
+
+def test_a_worker_that_was_killed_because_the_sweep_was_stopped_ends_no_point(place, monkeypatch):
+    sweep = read_sweep("grid.yaml", run_cap=1)
+    study = open_study(sweep, place / "out")
+    monkeypatch.setattr("bgrpo_nb.study.trials.is_lost", lambda trial: True)
+    for _ in range(5):
+        (place / "out" / claim(study, sweep).user_attrs["folder"]).mkdir(parents=True)
+        assert return_lost(study, place / "out", stopped=True) == [0]
+    assert [r.state for r in read_study(place / "out/journal.log")] == 5 * ["interrupted"]
+    assert json.loads((place / "out/trials/0000-retry4/failure.json").read_text())["reason"] == "the sweep was stopped"
 
 
 def test_all_failed_is_status_1_with_logs_and_reasons_and_can_be_mended(place):

@@ -51,6 +51,7 @@ from ..base.files import last_lines, write_json
 from ..base.ownership import check_owner, claim_folder
 from ..base.processes import end, follow, shares, start, tie_to_parent
 from ..base.signals import handled
+from .run_readers import STOPPED
 from .sweeps import Sweep, SweepError, axis, draw, plan, read_sweep, size, words
 from bgrpo_nb.study.trials import (
     alone, check_folder, check_study, last_line, open_storage, open_study, return_lost, work, write_record,
@@ -87,6 +88,7 @@ def table(sweep: Sweep, study, total: int) -> list[str]: # lines
     "The trials: counts, the last eight that ended, those that are running, the best"
     trials = [t for t in study.get_trials(deepcopy=False) if "folder" in t.user_attrs]
     by = {state: [t for t in trials if t.state == state] for state in TrialState}
+    by[TrialState.FAIL] = _failed_points(study)
     done, running = by[TrialState.COMPLETE], by[TrialState.RUNNING]
     ended = [t for t in trials if t.state != TrialState.RUNNING and t.datetime_complete] # a server may write both apart
     over = sorted(ended, key=lambda t: t.datetime_complete)
@@ -114,7 +116,8 @@ def _trial_cells(t, sweep) -> list[str]:
     value = t.value if t.value is not None else intermediate[-1] if intermediate else None
     seconds = t.duration.total_seconds() if t.duration else time.time() - t.datetime_start.timestamp()
     parameters = [_short(t.params.get(k, "")) for k in sweep.swept]
-    return [t.user_attrs["folder"].removeprefix("trials/"), _NAMES[t.state], *parameters,
+    state = "interrupted" if t.user_attrs.get("stopped") else _NAMES[t.state]
+    return [t.user_attrs["folder"].removeprefix("trials/"), state, *parameters,
             str(t.user_attrs.get("seed", "")), _short(value), _time(seconds)]
 
 def _short(v) -> str:
@@ -191,7 +194,7 @@ def run_optuna(sweep: Sweep, file, folder, workers=1, storage=None, seed=0, resu
             print("stopping: running trials are ended and stay in the queue; Ctrl-C again ends them at once",
                   file=sys.stderr, flush=True)
             _end_all(list(crew.processes.values()), stop)
-    return_lost(study, folder)
+    return_lost(study, folder, stopped=bool(stop.times))
     show(table(sweep, study, total))
     return _status(study, folder, bool(stop.times))
 
@@ -242,6 +245,13 @@ def _end_all(processes, stop, grace=90):
 
 def _unfinished(study): return study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
 
+def _failed_points(study) -> list: # the last trial of each
+    "Points that failed and are not tried again: what was interrupted or lost is in the queue"
+    trials = study.get_trials(deepcopy=False)
+    settled = {t.user_attrs.get("planned") for t in trials if t.state != TrialState.FAIL}
+    last = {t.user_attrs["planned"]: t for t in trials if "folder" in t.user_attrs}
+    return [t for planned, t in last.items() if planned not in settled]
+
 def _retry_failed(study):
     "Every point whose trials all failed goes back into the queue"
     trials = [t for t in study.get_trials(deepcopy=False) if "folder" in t.user_attrs or t.state == TrialState.WAITING]
@@ -253,19 +263,13 @@ def _retry_failed(study):
 
 def _status(study, folder, stopped) -> int:
     "Exit status; prints failures and what is left"
-    trials = [t for t in study.get_trials(deepcopy=False) if "folder" in t.user_attrs]
     unfinished = _unfinished(study)
-    good = (TrialState.COMPLETE, TrialState.PRUNED)
-    settled = {t.user_attrs["planned"] for t in trials if t.state in good}
-    settled |= {t.user_attrs.get("planned") for t in unfinished}
-    fails = [t for t in trials if t.state == TrialState.FAIL and t.user_attrs["planned"] not in settled]
-    last = {t.user_attrs["planned"]: t for t in fails} # of each point
-    for t in list(last.values())[:10]:
+    for t in _failed_points(study)[:10]:
         print(f"failed: {t.user_attrs['folder']}: {_reason(folder / t.user_attrs['folder'])}", file=sys.stderr)
     if unfinished:
         print(f"{len(unfinished)} trials are left; continue with the same command and --resume", file=sys.stderr)
     if stopped: return 130
-    return 0 if not unfinished and any(t.state == TrialState.COMPLETE for t in trials) else 1
+    return 0 if not unfinished and study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) else 1
 
 def _reason(where) -> str:
     file = where / "failure.json"
@@ -452,7 +456,7 @@ def _write_account(where, flags, order):
                                            fixed=fixed, metric=order["metric"], goal=order["goal"]))
 
 def _why_failed(where, status, why, result) -> str | None:
-    if why: return why
+    if why: return STOPPED if why == "stopped" else why
     if status: return f"exit status {status}: {last_lines(where / 'log.txt')}"
     return None if result else "the program ended well but wrote no result.json into --output_dir"
 

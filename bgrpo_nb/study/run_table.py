@@ -324,7 +324,7 @@ def missing(self: RunTable) -> pd.DataFrame: # parameters and seed
 
 @patch
 def troubles(self: RunTable) -> pd.DataFrame: # run, state, attempt, parameters, seed, reason
-    "Runs that failed, were pruned, still run, or were tried again"
+    "Runs that failed, were interrupted or pruned, still run, or were tried again"
     odd = self.table[(self.table.state != "finished") | (self.table.attempt > 0)]
     reasons = [self.reasons.get(run, "") for run in odd.run]
     return odd[["run", "state", "attempt", *self.parameters, "seed"]].assign(reason=reasons)

@@ -68,6 +68,7 @@ from ..base.checkpoints import can_resume, checkpoint_folders
 from ..base.files import JsonlTail, last_lines, write_json
 from ..base.ownership import claim_folder
 from ..base.processes import end_marked, follow, is_alive, myself
+from .run_readers import STOPPED
 from .sweeps import TRAIN, Sweep, SweepError, hyperband, plan, words
 
 # %% ../../nbs/10a_trials.ipynb #00f7423b
@@ -311,13 +312,15 @@ def _point(study, trial) -> dict: # parameter -> value
     found = study.get_trials(deepcopy=False)[trial.number]
     return found.system_attrs.get("fixed_params", {}) | found.params
 
-def return_lost(study: optuna.Study, folder) -> list[int]: # planned numbers
+def return_lost(study: optuna.Study, folder,
+                stopped: bool = False, # by the user: no fault of the point
+                ) -> list[int]:        # planned numbers
     "End the processes of lost workers, keep results that are complete, give the other points back"
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    given_back = [_return_one(study, trial, folder) for trial in running if is_lost(trial)]
+    given_back = [_return_one(study, trial, folder, stopped) for trial in running if is_lost(trial)]
     return [planned for planned in given_back if planned is not None]
 
-def _return_one(study, trial, folder) -> int | None: # its planned number, if the point was given back
+def _return_one(study, trial, folder, stopped) -> int | None: # its planned number, if the point was given back
     a, value = trial.user_attrs, None
     where = (Path(folder) / a["folder"]).resolve() if "folder" in a else None
     if where and a.get("host") == socket.gethostname(): end_marked(where)
@@ -327,8 +330,10 @@ def _return_one(study, trial, folder) -> int | None: # its planned number, if th
         _tell(study, trial, TrialState.COMPLETE, value)
         return None
     if "planned" in a:
-        again = give_back(study, trial, counted="folder" in a)  # a point that had not begun ends no worker
-        if where and where.is_dir(): _fail(where, "its worker was lost" + ("" if again else _GIVEN_UP), None)
+        counted = "folder" in a and not stopped                 # a point that had not begun ends no worker
+        again = give_back(study, trial, counted)
+        reason = STOPPED if stopped else "its worker was lost" + ("" if again else _GIVEN_UP)
+        if where and where.is_dir(): _fail(where, reason, None)
     _tell(study, trial, TrialState.FAIL)
     return a.get("planned")
 
@@ -359,6 +364,7 @@ def run_trial(study: optuna.Study, trial: optuna.Trial, sweep: Sweep, folder,
     if state == "failed": _fail(where, reason, status)
     if state == "pruned": write_json(where / "pruned.json", dict(iterations=len(watch.values), value=watch.values[-1]))
     killed = status is not None and status < 0 and not why
+    if why == "stopped": trial.set_user_attr("stopped", True)
     if why == "stopped" or killed: give_back(study, trial, counted=why != "stopped")
     _tell(study, trial, _STATES[state], watch.values[-1] if state == "finished" else None)
     return state
@@ -411,7 +417,7 @@ def _take_checkpoints(folder, a, where) -> bool: # whether there is something to
 def _judge(where, metric, values, status, why) -> tuple[str, str | None]: # state, reason
     "How a trial ended"
     if why == "pruned": return "pruned", None
-    if why: return "failed", "the sweep was stopped" if why == "stopped" else why
+    if why: return "failed", STOPPED if why == "stopped" else why
     if status:
         ended = f"signal {-status}" if status < 0 else f"exit status {status}"
         return "failed", f"{ended}: {last_lines(where / 'log.txt') or 'nothing was printed'}"
