@@ -276,6 +276,8 @@ d = {
     ('cli.html#_check_trials', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._choose_engine':
     ('cli.html#_choose_engine', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._first_given':
+    ('cli.html#_first_given', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._is_analysis':
     ('cli.html#_is_analysis', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._leave_the_process_group':
@@ -288,6 +290,8 @@ d = {
     ('cli.html#_read_gpus', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._read_seeds':
     ('cli.html#_read_seeds', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._refuse_flags_of_the_other':
+    ('cli.html#_refuse_flags_of_the_other', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._refuse_sweep':
     ('cli.html#_refuse_sweep', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._report_training':

@@ -482,6 +482,10 @@ def test_every_sweep_of_the_repository_can_run(path):
     ("", "which file"), ("nowhere.yaml", "no sweep file nowhere.yaml"), ("grid.yaml --workers 0", "use 1 or more"), ("grid.yaml --retry_failed", "add --resume"), ("grid.yaml --resume", "leave out --resume"),
     ("grid.yaml --seeds none", "no list of seeds"), ("grid.yaml --storage sqlite:///x.db", "two workers"), ("grid.yaml --engine wandb", "wandb login"), ("grid.yaml --join a/b/c", "ID alone"),
     ("grid.yaml --engine wandb --resume", "--join ID"), ("wrong.yaml", "did you mean --learning_rate"), ("few.yaml", "from 2 to 10000"), ("grid.yaml --worker 2", "did you mean --workers"),
+    ("grid.yaml --engine optuna --project p", "--project is W&B's"), ("grid.yaml --entity e", "--entity is W&B's"), ("grid.yaml --storage st.log --project p", "--project is W&B's"),
+    ("grid.yaml --dry-run --project p", "--project is W&B's"), ("--join a/b/c --storage st.log", "--storage would change nothing"), ("--join a/b/c --seed 0", "--seed would change"),
+    ("--join a/b/c --run_cap 3", "--run_cap would change"), ("--join a/b/c --seeds 3", "--seeds would change"), ("--join a/b/c --name n", "--name would change"),
+    ("--join a/b/c --project p", "another --project than p"), ("--join a/b/c --entity e", "another --entity than e"),
 ])
 def test_what_cannot_be_done_is_one_line_and_status_2(place, capsys, monkeypatch, line, says):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -490,6 +494,14 @@ def test_what_cannot_be_done_is_one_line_and_status_2(place, capsys, monkeypatch
     assert main(["sweep", *line.split()]) == 2
     said = capsys.readouterr()
     assert len(said.err.strip().splitlines()) == 1 and says in said.err, said.err
+
+
+@pytest.mark.parametrize("engine", ["--engine=wandb", "--engine=auto"])
+def test_wandb_takes_no_flag_of_optuna(place, capsys, monkeypatch, engine):
+    monkeypatch.setattr("bgrpo_nb.base.network.logged_in", lambda: True)
+    assert main(["sweep", "grid.yaml", engine, "--seed", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "--seed is Optuna's" in said and len(said.strip().splitlines()) == 1
 
 
 def test_a_dry_run_times_one_trial_and_leaves_nothing(place):

@@ -409,7 +409,11 @@ def _create(wandb, sweep, entity, project) -> str: # entity/project/id
 
 def _sweep_path(wandb, join, entity, project) -> str: # entity/project/id
     parts = join.strip("/").split("/")
-    if len(parts) == 3: return "/".join(parts)
+    if len(parts) == 3:
+        for flag, given, said in (("entity", entity, parts[0]), ("project", project, parts[1])):
+            if not given or given == said: continue
+            raise SweepError(f"--join {join} says another --{flag} than {given}; leave it out")
+        return "/".join(parts)
     if len(parts) != 1: raise SweepError(f"--join {join} is no sweep; give ENTITY/PROJECT/ID, or ID with --project")
     if not project: raise SweepError(f"--join {join}: in which project? Add --project, or give ENTITY/PROJECT/ID")
     return f"{entity or wandb.Api().default_entity}/{project}/{join}"
