@@ -270,8 +270,10 @@ d = {
     ('cli.html#_add_policy', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._beside':
     ('cli.html#_beside', 'bgrpo_nb/cli.py'),
-   'bgrpo_nb.cli._check_destination':
-    ('cli.html#_check_destination', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._check_files':
+    ('cli.html#_check_files', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._check_folder':
+    ('cli.html#_check_folder', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._check_trials':
     ('cli.html#_check_trials', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._choose_engine':
@@ -972,6 +974,10 @@ d = {
     ('checkpoints.html#_vocabulary_of', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints.convert_checkpoint':
     ('checkpoints.html#convert_checkpoint', 'bgrpo_nb/policy/checkpoints.py'),
+   'bgrpo_nb.policy.checkpoints.is_policy':
+    ('checkpoints.html#is_policy', 'bgrpo_nb/policy/checkpoints.py'),
+   'bgrpo_nb.policy.checkpoints.was_converted':
+    ('checkpoints.html#was_converted', 'bgrpo_nb/policy/checkpoints.py'),
   },
   'bgrpo_nb.policy.loading': {
    'bgrpo_nb.policy.loading._Unfit':

@@ -336,23 +336,34 @@ def _plot_evaluation(folder, out):
 def convert(argv):
     "The authors' checkpoint (.pt, .safetensors) to a Hugging Face folder, or back"
     p = _Parser(prog="bgrpo convert", description=convert.__doc__)
-    p.add_argument("source", help="the authors' file, or a folder")
+    p.add_argument("source", help="the authors' file, or a policy's folder")
     p.add_argument("destination", help="a folder, or a .pt or .safetensors file")
     p.add_argument("--n_head", type=count(1, 4096),
-                   help="attention heads; left out: read from model_configuration.json")
-    p.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+                   help="attention heads of the authors' file; left out: read from model_configuration.json")
+    p.add_argument("--overwrite", action="store_true", help="replace a file, or a converted folder, that is there")
     a = p.parse_args(argv)
-    from bgrpo_nb import convert_checkpoint
-    _check_destination(a)
+    from bgrpo_nb.base.ownership import claim_folder
+    from bgrpo_nb.policy.checkpoints import convert_checkpoint, is_policy, was_converted
+    to_folder = not is_policy(a.source)
+    if to_folder: _check_folder(a.destination, a.overwrite, was_converted)
+    else: _check_files(Path(a.destination), a.overwrite)
     config = None if a.n_head is None else {"n_head": a.n_head}
-    print("written to", convert_checkpoint(a.source, a.destination, config))
+    written = convert_checkpoint(a.source, a.destination, config)
+    if to_folder: claim_folder(written, "policy", flag="destination", was_ours=was_converted)
+    print("written to", written)
 
-def _check_destination(a):
+def _check_folder(folder, overwrite, was_converted):
     "FileExistsError where converting would replace something"
-    from bgrpo_nb.base.ownership import check_new_file, check_owner
-    if not Path(a.source).is_dir(): return check_owner(a.destination, "policy", flag="destination")
-    check_new_file(a.destination, a.overwrite)
-    check_new_file(Path(a.destination).with_name("model_configuration.json"), a.overwrite)
+    from bgrpo_nb.base.ownership import check_owner, contents
+    check_owner(folder, "policy", flag="destination", was_ours=was_converted)
+    if contents(folder) and not overwrite:
+        raise FileExistsError(f"{folder} holds a converted checkpoint; choose another destination, or replace it with "
+                              "--overwrite")
+
+def _check_files(file, overwrite):
+    from bgrpo_nb.base.ownership import check_new_file
+    check_new_file(file, overwrite)
+    check_new_file(file.with_name("model_configuration.json"), overwrite)
 
 # %% ../nbs/13_cli.ipynb #5eee9002
 def sweep(argv):
