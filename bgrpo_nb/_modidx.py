@@ -270,12 +270,16 @@ d = {
     ('cli.html#_add_policy', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._beside':
     ('cli.html#_beside', 'bgrpo_nb/cli.py'),
-   'bgrpo_nb.cli._check_destination':
-    ('cli.html#_check_destination', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._check_files':
+    ('cli.html#_check_files', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._check_folder':
+    ('cli.html#_check_folder', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._check_trials':
     ('cli.html#_check_trials', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._choose_engine':
     ('cli.html#_choose_engine', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._first_given':
+    ('cli.html#_first_given', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._is_analysis':
     ('cli.html#_is_analysis', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._leave_the_process_group':
@@ -288,6 +292,8 @@ d = {
     ('cli.html#_read_gpus', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._read_seeds':
     ('cli.html#_read_seeds', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._refuse_flags_of_the_other':
+    ('cli.html#_refuse_flags_of_the_other', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._refuse_sweep':
     ('cli.html#_refuse_sweep', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._report_training':
@@ -968,6 +974,10 @@ d = {
     ('checkpoints.html#_vocabulary_of', 'bgrpo_nb/policy/checkpoints.py'),
    'bgrpo_nb.policy.checkpoints.convert_checkpoint':
     ('checkpoints.html#convert_checkpoint', 'bgrpo_nb/policy/checkpoints.py'),
+   'bgrpo_nb.policy.checkpoints.is_policy':
+    ('checkpoints.html#is_policy', 'bgrpo_nb/policy/checkpoints.py'),
+   'bgrpo_nb.policy.checkpoints.was_converted':
+    ('checkpoints.html#was_converted', 'bgrpo_nb/policy/checkpoints.py'),
   },
   'bgrpo_nb.policy.loading': {
    'bgrpo_nb.policy.loading._Unfit':
@@ -2584,6 +2594,8 @@ d = {
     ('launcher.html#_crew.start', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._Crew.start_all':
     ('launcher.html#_crew.start_all', 'bgrpo_nb/study/launcher.py'),
+   'bgrpo_nb.study.launcher._claim_for_wandb':
+    ('launcher.html#_claim_for_wandb', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._columns':
     ('launcher.html#_columns', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._counts':
@@ -2592,6 +2604,8 @@ d = {
     ('launcher.html#_create', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._end_all':
     ('launcher.html#_end_all', 'bgrpo_nb/study/launcher.py'),
+   'bgrpo_nb.study.launcher._failed_points':
+    ('launcher.html#_failed_points', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._grid_size':
     ('launcher.html#_grid_size', 'bgrpo_nb/study/launcher.py'),
    'bgrpo_nb.study.launcher._in_words':
@@ -2678,6 +2692,8 @@ d = {
   'bgrpo_nb.study.run_readers': {
    'bgrpo_nb.study.run_readers.Run':
     ('run_readers.html#run', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers.Run.__post_init__':
+    ('run_readers.html#run.__post_init__', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._as_dict':
     ('run_readers.html#_as_dict', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._change_metrics':
@@ -2692,6 +2708,8 @@ d = {
     ('run_readers.html#_fields', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._first':
     ('run_readers.html#_first', 'bgrpo_nb/study/run_readers.py'),
+   'bgrpo_nb.study.run_readers._is_home':
+    ('run_readers.html#_is_home', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._is_run':
     ('run_readers.html#_is_run', 'bgrpo_nb/study/run_readers.py'),
    'bgrpo_nb.study.run_readers._load':
@@ -2800,6 +2818,8 @@ d = {
     ('run_table.html#_is_number', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table._last_metrics':
     ('run_table.html#_last_metrics', 'bgrpo_nb/study/run_table.py'),
+   'bgrpo_nb.study.run_table._levels':
+    ('run_table.html#_levels', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table._means_by':
     ('run_table.html#_means_by', 'bgrpo_nb/study/run_table.py'),
    'bgrpo_nb.study.run_table._no_history':
@@ -2908,24 +2928,34 @@ d = {
     ('trials.html#_account', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._byte_before':
     ('trials.html#_byte_before', 'bgrpo_nb/study/trials.py'),
-   'bgrpo_nb.study.trials._check_existence':
-    ('trials.html#_check_existence', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._cut_torn_line':
     ('trials.html#_cut_torn_line', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._elsewhere':
+    ('trials.html#_elsewhere', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._enqueue':
     ('trials.html#_enqueue', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._enqueue_other_seeds':
     ('trials.html#_enqueue_other_seeds', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._fail':
     ('trials.html#_fail', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._find_study':
+    ('trials.html#_find_study', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._holds_trials_of':
+    ('trials.html#_holds_trials_of', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._is_account_of':
+    ('trials.html#_is_account_of', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._is_duplicate':
     ('trials.html#_is_duplicate', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._journal':
+    ('trials.html#_journal', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._judge':
     ('trials.html#_judge', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._key':
     ('trials.html#_key', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._last_value':
     ('trials.html#_last_value', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._make_study':
+    ('trials.html#_make_study', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._next_planned':
     ('trials.html#_next_planned', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._open_postgres':
@@ -2934,6 +2964,10 @@ d = {
     ('trials.html#_point', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._prepare':
     ('trials.html#_prepare', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._read_json':
+    ('trials.html#_read_json', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials._record':
+    ('trials.html#_record', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._return_one':
     ('trials.html#_return_one', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._suggest':
@@ -2942,6 +2976,12 @@ d = {
     ('trials.html#_take_checkpoints', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials._tell':
     ('trials.html#_tell', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.alone':
+    ('trials.html#alone', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.check_folder':
+    ('trials.html#check_folder', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.check_study':
+    ('trials.html#check_study', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.claim':
     ('trials.html#claim', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.folder_of':
@@ -2956,12 +2996,16 @@ d = {
     ('trials.html#open_storage', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.open_study':
     ('trials.html#open_study', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.record_of':
+    ('trials.html#record_of', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.return_lost':
     ('trials.html#return_lost', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.run_trial':
     ('trials.html#run_trial', 'bgrpo_nb/study/trials.py'),
    'bgrpo_nb.study.trials.work':
     ('trials.html#work', 'bgrpo_nb/study/trials.py'),
+   'bgrpo_nb.study.trials.write_record':
+    ('trials.html#write_record', 'bgrpo_nb/study/trials.py'),
   },
  },
 }

@@ -336,23 +336,34 @@ def _plot_evaluation(folder, out):
 def convert(argv):
     "The authors' checkpoint (.pt, .safetensors) to a Hugging Face folder, or back"
     p = _Parser(prog="bgrpo convert", description=convert.__doc__)
-    p.add_argument("source", help="the authors' file, or a folder")
+    p.add_argument("source", help="the authors' file, or a policy's folder")
     p.add_argument("destination", help="a folder, or a .pt or .safetensors file")
     p.add_argument("--n_head", type=count(1, 4096),
-                   help="attention heads; left out: read from model_configuration.json")
-    p.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+                   help="attention heads of the authors' file; left out: read from model_configuration.json")
+    p.add_argument("--overwrite", action="store_true", help="replace a file, or a converted folder, that is there")
     a = p.parse_args(argv)
-    from bgrpo_nb import convert_checkpoint
-    _check_destination(a)
+    from bgrpo_nb.base.ownership import claim_folder
+    from bgrpo_nb.policy.checkpoints import convert_checkpoint, is_policy, was_converted
+    to_folder = not is_policy(a.source)
+    if to_folder: _check_folder(a.destination, a.overwrite, was_converted)
+    else: _check_files(Path(a.destination), a.overwrite)
     config = None if a.n_head is None else {"n_head": a.n_head}
-    print("written to", convert_checkpoint(a.source, a.destination, config))
+    written = convert_checkpoint(a.source, a.destination, config)
+    if to_folder: claim_folder(written, "policy", flag="destination", was_ours=was_converted)
+    print("written to", written)
 
-def _check_destination(a):
+def _check_folder(folder, overwrite, was_converted):
     "FileExistsError where converting would replace something"
-    from bgrpo_nb.base.ownership import check_new_file, check_owner
-    if not Path(a.source).is_dir(): return check_owner(a.destination, "policy", flag="destination")
-    check_new_file(a.destination, a.overwrite)
-    check_new_file(Path(a.destination).with_name("model_configuration.json"), a.overwrite)
+    from bgrpo_nb.base.ownership import check_owner, contents
+    check_owner(folder, "policy", flag="destination", was_ours=was_converted)
+    if contents(folder) and not overwrite:
+        raise FileExistsError(f"{folder} holds a converted checkpoint; choose another destination, or replace it with "
+                              "--overwrite")
+
+def _check_files(file, overwrite):
+    from bgrpo_nb.base.ownership import check_new_file
+    check_new_file(file, overwrite)
+    check_new_file(file.with_name("model_configuration.json"), overwrite)
 
 # %% ../nbs/13_cli.ipynb #5eee9002
 def sweep(argv):
@@ -365,16 +376,18 @@ def sweep(argv):
     if a.join:
         return launcher.run_wandb(None, None, a.output_dir, a.workers, a.entity, a.project, a.join, **hardware)
     engine = _choose_engine(a, logged_in)
+    _refuse_flags_of_the_other(a, engine)
+    seed = a.seed or 0
     found = sweeps.read_sweep(a.file, _read_seeds(a.seeds), a.run_cap, a.name)
-    _check_trials(found, a.seed)
-    if a.dry_run: return launcher.dry_run(found, a.workers, a.seed, **hardware)
+    _check_trials(found, seed)
+    if a.dry_run: return launcher.dry_run(found, a.workers, seed, **hardware)
     workers = f"{a.workers} worker" + ("s" if a.workers > 1 else "")
-    plan = launcher.describe(found, sweeps.plan(found, a.seed))
+    plan = launcher.describe(found, sweeps.plan(found, seed))
     print("\n".join([*plan, f"  engine {engine}, {workers}"]), flush=True)
     if engine == "wandb":
         return launcher.run_wandb(found, a.file, a.output_dir, a.workers, a.entity, a.project, **hardware)
     folder = a.output_dir or Path("runs/sweeps") / found.name
-    status = launcher.run_optuna(found, a.file, folder, a.workers, a.storage, a.seed, a.resume, a.retry_failed,
+    status = launcher.run_optuna(found, a.file, folder, a.workers, a.storage, seed, a.resume, a.retry_failed,
                                  **hardware)
     print(f"the sweep is in {folder}" + (f"; read it with: bgrpo analyze {folder}" if status == 0 else ""))
     return status
@@ -391,7 +404,7 @@ def _sweep_parser():
                    help="print the plan and its cost; RUNS the first trial to time it, and deletes the result")
     p.add_argument("--seeds", help="seeds for each configuration: 3 (for 0,1,2) or 5,6,7; left out: `seed` of the file")
     p.add_argument("--run_cap", type=count(), help="most trials; left out: the file's")
-    p.add_argument("--seed", type=SEED, default=0, help="of what the sweep itself draws")
+    p.add_argument("--seed", type=SEED, help="Optuna: of what the sweep itself draws; left out: 0")
     p.add_argument("--name", help="of the sweep; left out: the file's")
     p.add_argument("--gpus", help="0,1: shared out among the workers; none: run on the CPU; left out: all visible")
     p.add_argument("--threads", type=count(),
@@ -417,10 +430,27 @@ def _refuse_sweep(a):
         wrong("which file? For a first try: bgrpo sweep configs/sweeps/small.yaml --workers 2")
     if a.join and (a.engine == "optuna" or a.file or a.resume or a.dry_run):
         wrong("--join helps a W&B sweep by its ID alone; for Optuna use FILE and --resume")
+    if a.join and (flag := _first_given(a, *_OF_A_NEW_SWEEP)):
+        wrong(f"--join helps a W&B sweep as it is, and --{flag} would change nothing; leave it out")
     if a.workers < 1: wrong(f"--workers {a.workers} runs nothing; use 1 or more")
     if a.retry_failed and not a.resume: wrong("--retry_failed needs a sweep that was begun; add --resume")
     if a.engine == "wandb" and (a.resume or a.storage):
         wrong("with --engine wandb, continue a sweep by --join ID; --resume and --storage are Optuna's")
+
+_OPTUNA_ONLY, _WANDB_ONLY = ("storage", "resume", "retry_failed", "seed"), ("entity", "project")
+_OF_A_NEW_SWEEP = ("storage", "retry_failed", "seed", "seeds", "run_cap", "name")
+
+def _first_given(a, *names) -> str | None:
+    "The first of these flags that was given"
+    return next((name for name in names if getattr(a, name) is not None and getattr(a, name) is not False), None)
+
+def _refuse_flags_of_the_other(a, engine):
+    "No flag is ignored because the other engine was chosen"
+    if engine == "optuna" and (flag := _first_given(a, *_WANDB_ONLY)):
+        raise Fault(f"sweep: --{flag} is W&B's, and this sweep runs with Optuna; leave it out, or run `wandb login` "
+                    "and use --engine wandb")
+    if engine == "wandb" and (flag := _first_given(a, *_OPTUNA_ONLY)):
+        raise Fault(f"sweep: --{flag} is Optuna's, and this sweep runs with W&B; leave it out, or use --engine optuna")
 
 def _read_seeds(text) -> tuple[int, ...] | None:
     "`3` is the seeds 0, 1, 2; `5,6,7` is a list"

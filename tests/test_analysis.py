@@ -331,6 +331,24 @@ def test_cells_without_a_finished_run_are_named(sweep, tmp_path):
     assert replace(read_runs(sweep), sweep_file=dict(method="random")).missing().empty
 
 
+def of_limit(limit, rollout, seed=0): # None: the setting is left out
+    config = dict(rollout=rollout) | ({} if limit is None else dict(eval_limit=limit))
+    return read_record(dict(name=f"{rollout}-{limit}-{seed}", config=config | dict(seed=seed), summary={METRIC: 0.5}))
+
+
+@pytest.mark.parametrize("limit", [50, 0.5, "half"])
+def test_a_setting_that_some_runs_leave_out(limit):
+    "It is a value like any other: of a cell, and of a run that is done"
+    two = tidy([of_limit(limit, "beam"), of_limit(None, "sample")])
+    assert "eval_limit" in two.parameters
+    assert {(r.rollout, None if pd.isna(r.eval_limit) else r.eval_limit) for r in two.missing().itertuples()} == {("beam", None), ("sample", limit)}
+    assert f"eval_limit changes with rollout (beam: {limit}, sample: none)" in " ".join(two.notes())
+    with pytest.raises(ValueError, match=f"has eval_limit={limit} or no value of it"): two.arms("eval_limit")
+    specs = dict(rollout=dict(values=["beam", "sample"]), eval_limit=dict(values=[limit, None]), seed=dict(values=[0]))
+    full = tidy([of_limit(v, rollout) for v in (limit, None) for rollout in ("beam", "sample")], dict(method="grid", parameters=specs))
+    assert full.missing().empty and len(replace(full, table=full.table[:3]).missing()) == 1
+
+
 def test_many_settings_without_a_file_are_no_grid():
     "The product of all their values would not fit into memory"
     runs = tidy([record(f"r{i}", seed=i, **{f"s{k}": i for k in range(20)}) for i in range(10)])

@@ -18,6 +18,7 @@ from bgrpo_nb.base.ownership import claim_folder
 from bgrpo_nb.cli import main
 from bgrpo_nb.base.processes import MARK, shares, visible_gpus
 from bgrpo_nb.study.analysis import read_runs
+from bgrpo_nb.study.run_readers import read_study
 from bgrpo_nb.study.sweeps import SweepError, plan, read_sweep
 from bgrpo_nb.study.trials import LEASE, TrialState, claim, open_storage, open_study, return_lost, run_trial
 
@@ -266,9 +267,23 @@ def test_stopped_and_resumed(place, number):
     assert process.returncode == 130 and "trials are left; continue with" in said, said
     found = trials(folder)
     assert not orphans(folder) and not running(found) and [t.user_attrs["lost"] for t in found if "lost" in t.user_attrs] == [0, 0]
+    assert "failed" not in said
     (folder / "slow").unlink()
-    assert launch("grid.yaml", "--workers", 2, "--output_dir", folder, "--resume")[0] == 0
+    status, said = launch("grid.yaml", "--workers", 2, "--output_dir", folder, "--resume")
+    assert status == 0 and said.count("36 of 36 done") == 1 and "failed" not in said, said
     each_point_once(folder, trials(folder))
+    for source in (folder, folder / "journal.log"): assert read_runs(source).counts() == "36 finished, 2 interrupted"
+
+
+def test_a_worker_that_was_killed_because_the_sweep_was_stopped_ends_no_point(place, monkeypatch):
+    sweep = read_sweep("grid.yaml", run_cap=1)
+    study = open_study(sweep, place / "out")
+    monkeypatch.setattr("bgrpo_nb.study.trials.is_lost", lambda trial: True)
+    for _ in range(5):
+        (place / "out" / claim(study, sweep).user_attrs["folder"]).mkdir(parents=True)
+        assert return_lost(study, place / "out", stopped=True) == [0]
+    assert [r.state for r in read_study(place / "out/journal.log")] == 5 * ["interrupted"]
+    assert json.loads((place / "out/trials/0000-retry4/failure.json").read_text())["reason"] == "the sweep was stopped"
 
 
 def test_all_failed_is_status_1_with_logs_and_reasons_and_can_be_mended(place):
@@ -467,6 +482,10 @@ def test_every_sweep_of_the_repository_can_run(path):
     ("", "which file"), ("nowhere.yaml", "no sweep file nowhere.yaml"), ("grid.yaml --workers 0", "use 1 or more"), ("grid.yaml --retry_failed", "add --resume"), ("grid.yaml --resume", "leave out --resume"),
     ("grid.yaml --seeds none", "no list of seeds"), ("grid.yaml --storage sqlite:///x.db", "two workers"), ("grid.yaml --engine wandb", "wandb login"), ("grid.yaml --join a/b/c", "ID alone"),
     ("grid.yaml --engine wandb --resume", "--join ID"), ("wrong.yaml", "did you mean --learning_rate"), ("few.yaml", "from 2 to 10000"), ("grid.yaml --worker 2", "did you mean --workers"),
+    ("grid.yaml --engine optuna --project p", "--project is W&B's"), ("grid.yaml --entity e", "--entity is W&B's"), ("grid.yaml --storage st.log --project p", "--project is W&B's"),
+    ("grid.yaml --dry-run --project p", "--project is W&B's"), ("--join a/b/c --storage st.log", "--storage would change nothing"), ("--join a/b/c --seed 0", "--seed would change"),
+    ("--join a/b/c --run_cap 3", "--run_cap would change"), ("--join a/b/c --seeds 3", "--seeds would change"), ("--join a/b/c --name n", "--name would change"),
+    ("--join a/b/c --project p", "another --project than p"), ("--join a/b/c --entity e", "another --entity than e"),
 ])
 def test_what_cannot_be_done_is_one_line_and_status_2(place, capsys, monkeypatch, line, says):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -475,6 +494,14 @@ def test_what_cannot_be_done_is_one_line_and_status_2(place, capsys, monkeypatch
     assert main(["sweep", *line.split()]) == 2
     said = capsys.readouterr()
     assert len(said.err.strip().splitlines()) == 1 and says in said.err, said.err
+
+
+@pytest.mark.parametrize("engine", ["--engine=wandb", "--engine=auto"])
+def test_wandb_takes_no_flag_of_optuna(place, capsys, monkeypatch, engine):
+    monkeypatch.setattr("bgrpo_nb.base.network.logged_in", lambda: True)
+    assert main(["sweep", "grid.yaml", engine, "--seed", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "--seed is Optuna's" in said and len(said.strip().splitlines()) == 1
 
 
 def test_a_dry_run_times_one_trial_and_leaves_nothing(place):
@@ -490,6 +517,42 @@ def test_a_changed_file_is_not_resumed(place):
     assert launch("grid.yaml", "--run_cap", 1, "--output_dir", "out")[0] == 0
     for words in (["--resume"], ["--run_cap", 1]): assert launch("grid.yaml", *words, "--output_dir", "out")[0] == 2
     assert launch("grid.yaml", "--run_cap", 1, "--resume", "--output_dir", "out")[0] == 0
+
+
+def contents(folder): return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def of_an_earlier_version(folder):
+    "Neither a record in the folder nor an id in the study"
+    (folder / "optuna.json").unlink()
+    journal = folder / "journal.log"
+    journal.write_text("".join(line for line in journal.read_text().splitlines(True) if '"user_attr": {"id":' not in line))
+
+
+SAYS = dict(other="another --output_dir", storage="another --output_dir", same="add --resume")
+@pytest.mark.parametrize("old", [False, True], ids=["recorded", "earlier_version"])
+def test_a_folder_holds_the_trials_of_one_sweep(place, capsys, old):
+    "Whatever is asked for, the first sweep stays as it is, and can be resumed"
+    folder, other = place / "out", write(place, name="other")
+    assert launch("grid.yaml", "--run_cap", 2, "--output_dir", folder)[0] == 0
+    if old: of_an_earlier_version(folder)
+    before, around = contents(folder), sorted(p.name for p in place.iterdir())
+    for words, says in ((f"{other} --run_cap 2", "other"), (f"{other} --run_cap 2 --resume", "other"), ("grid.yaml --run_cap 2 --name renamed", "other"), ("grid.yaml --run_cap 2", "same"),
+                        ("grid.yaml --run_cap 2 --storage st.log", "storage"), ("grid.yaml --run_cap 2 --storage st.log --resume", "storage")):
+        assert main(["sweep", *words.split(), "--output_dir", str(folder), "--engine", "optuna"]) == 2
+        said = capsys.readouterr().err.strip()
+        assert SAYS[says] in said and len(said.splitlines()) == 1 and "--name" not in said, said
+        assert contents(folder) == before and sorted(p.name for p in place.iterdir()) == around
+    assert launch("grid.yaml", "--run_cap", 2, "--output_dir", folder, "--resume")[0] == 0
+    assert metrics(folder).keys() == {"0000", "0001"} and contents(folder).items() >= {k: v for k, v in before.items() if "trials" in k.parts}.items()
+
+
+def test_sweeps_that_share_a_storage_keep_folders_of_their_own(place, capsys):
+    file = write(place, name="other", parameters=dict(x=dict(values=[7, 8]), y=dict(values=[0.0])))
+    for words in (["grid.yaml", "--run_cap", 2, "--output_dir", "one"], [file, "--output_dir", "two"]): assert launch(*words, "--storage", "one/journal.log")[0] == 0
+    assert main(["sweep", "other.yaml", "--storage", "one/journal.log", "--output_dir", "three"]) == 2 and "another --output_dir and --name" in capsys.readouterr().err
+    assert [r.folder for r in read_study("one/journal.log", "other")] == [None, None]
+    assert [Path(r.folder).parts[-3] for r in read_study("one/journal.log", "grid")] == ["one", "one"]
 
 
 def test_gpus_go_round_and_threads_are_shared(monkeypatch):
@@ -589,6 +652,10 @@ def test_wandb_failures_are_counted_and_a_running_sweep_is_joined(place):
         assert first.wait(120) == 0 and len([a for a in server.agents.values() if a["sweep"] == "s2"]) == 2
         found = [p.parent.name for folder in ("here", "there") for p in (place / folder).glob("trials/*/result.json")]
         assert len(found) == len(set(found)) == 4
+        before, made = contents(place / "here"), len(server.sweeps)
+        for words in (["other.yaml", "--name", "another"], ["grid.yaml", "--engine", "optuna"], ["--join", "us/bgrpo_nb/s1"]):
+            status, said = launch(*words, "--output_dir", "here", **server.env)
+            assert status == 2 and "us/bgrpo_nb/s2); choose another --output_dir" in said and contents(place / "here") == before and len(server.sweeps) == made, said
         status, said = launch("--join", "us/bgrpo_nb/s3", **server.env)
         assert status == 2 and "W&B: Could not find sweep" in said and len(said.strip().splitlines()) == 1, said
 

@@ -192,6 +192,38 @@ def test_convert_never_destroys_its_source(tmp_path, capsys):
     assert status == 2 and "choose another" in err
 
 
+def theirs(folder):
+    "A small checkpoint in the authors' format, made of the policy in F"
+    save_model(new_model("tiny", position="learned", **SMALL), load_tokenizer("single"), folder / "F")
+    assert main(["convert", str(folder / "F"), str(folder / "theirs/x.pt")]) in (0, None)
+    return folder / "theirs/x.pt"
+
+
+def test_convert_replaces_its_own_folder_when_it_is_asked_to(tmp_path, capsys):
+    "With the mark and, as of earlier versions, without it; nothing of anybody else's"
+    source, folder = theirs(tmp_path), tmp_path / "hf"
+    assert said(capsys, "convert", source, folder)[0] == 0
+    for marked in (True, False):
+        if not marked: (folder / ".bgrpo_nb.json").unlink()
+        (folder / "model.safetensors").write_bytes(b"old")
+        status, err = said(capsys, "convert", source, folder)
+        assert status == 2 and "replace it with --overwrite" in err
+        assert (folder / "model.safetensors").read_bytes() == b"old"
+        assert said(capsys, "convert", source, folder, "--overwrite")[0] == 0 and (folder / "model.safetensors").stat().st_size > 1000
+    (folder / ".bgrpo_nb.json").unlink()
+    (folder / "notes.txt").write_text("mine")
+    status, err = said(capsys, "convert", source, folder, "--overwrite")
+    assert status == 2 and "did not write (config.json" in err
+
+
+def test_convert_obeys_or_refuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    theirs(tmp_path)
+    for words, says in ((["F", "x.pt", "--n_head", 7], "leave out n_head"), (["tiny", "x.pt"], "tiny is a llama model"), (["nowhere", "x.pt"], "give the authors' file")):
+        status, err = said(capsys, "convert", *words)
+        assert status == 2 and says in err and len(err.strip().splitlines()) == 1 and not list(tmp_path.glob("*.pt"))
+
+
 # 3. --resume means the run that was begun
 
 SFT = dict(max_steps=6, per_device_train_batch_size=2, per_device_eval_batch_size=4, held_out=4, save_steps=2, eval_steps=4,

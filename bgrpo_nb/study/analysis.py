@@ -169,6 +169,7 @@ def arms(self: RunTable, arm: str = ARM, baseline=None, metric: str = METRIC,
         known = others or "(no setting differs)"
         raise ValueError(f"the runs do not differ in {arm}; choose another --arm among {known}")
     values = sorted(done[arm].dropna().unique().tolist(), key=lambda v: (isinstance(v, str), v))
+    if not values: raise ValueError(f"no finished run has a value of {arm}; choose another --arm among {others}")
     if baseline is None: baseline = "sample" if "sample" in values else values[0]
     baseline = parse_value(baseline)
     if baseline not in values:
@@ -176,8 +177,9 @@ def arms(self: RunTable, arm: str = ARM, baseline=None, metric: str = METRIC,
         raise ValueError(f"no finished run has {arm}={baseline}; choose --baseline among {known}")
     if len(values) < 2:
         or_another = f", or choose another --arm among {others}" if others else ""
-        raise ValueError(f"every finished run has {arm}={values[0]}, and one arm alone cannot be compared; run another "
-                         f"arm{or_another}")
+        or_none = " or no value of it" if done[arm].hasnans else ""
+        raise ValueError(f"every finished run has {arm}={values[0]}{or_none}, and one arm alone cannot be "
+                         f"compared; run another arm{or_another}")
     return [v for v in values if v != baseline], baseline
 
 @patch
@@ -256,7 +258,7 @@ def notes(self: RunTable, arm: str = ARM, metric: str = METRIC) -> list[str]:
     pruned = int((self.table.state == "pruned").sum())
     found = _sweep_notes(self.sweep_file.get("method"), counts, pruned)
     for p in self.bound_to(arm, done) if arm in done else []:
-        values = ", ".join(f"{a}: {v}" for a, v in done.groupby(arm)[p].first().items())
+        values = ", ".join(f"{a}: {'none' if pd.isna(v) else v}" for a, v in done.groupby(arm)[p].first().items())
         found.append(f"{p} changes with {arm} ({values}); the difference is that of both together.")
     if done.duplicated([*self.parameters, "seed"]).any():
         found.append("Some runs have the same settings and the same seed; they count as one, by their mean.")

@@ -51,8 +51,11 @@ from ..base.files import last_lines, write_json
 from ..base.ownership import check_owner, claim_folder
 from ..base.processes import end, follow, shares, start, tie_to_parent
 from ..base.signals import handled
+from .run_readers import STOPPED
 from .sweeps import Sweep, SweepError, axis, draw, plan, read_sweep, size, words
-from .trials import last_line, open_storage, open_study, return_lost, work
+from bgrpo_nb.study.trials import (
+    alone, check_folder, check_study, last_line, open_storage, open_study, return_lost, work, write_record,
+)
 
 # %% ../../nbs/10b_launcher.ipynb #dc70c82a
 def describe(sweep: Sweep, points: list) -> list[str]:
@@ -85,6 +88,7 @@ def table(sweep: Sweep, study, total: int) -> list[str]: # lines
     "The trials: counts, the last eight that ended, those that are running, the best"
     trials = [t for t in study.get_trials(deepcopy=False) if "folder" in t.user_attrs]
     by = {state: [t for t in trials if t.state == state] for state in TrialState}
+    by[TrialState.FAIL] = _failed_points(study)
     done, running = by[TrialState.COMPLETE], by[TrialState.RUNNING]
     ended = [t for t in trials if t.state != TrialState.RUNNING and t.datetime_complete] # a server may write both apart
     over = sorted(ended, key=lambda t: t.datetime_complete)
@@ -112,7 +116,8 @@ def _trial_cells(t, sweep) -> list[str]:
     value = t.value if t.value is not None else intermediate[-1] if intermediate else None
     seconds = t.duration.total_seconds() if t.duration else time.time() - t.datetime_start.timestamp()
     parameters = [_short(t.params.get(k, "")) for k in sweep.swept]
-    return [t.user_attrs["folder"].removeprefix("trials/"), _NAMES[t.state], *parameters,
+    state = "interrupted" if t.user_attrs.get("stopped") else _NAMES[t.state]
+    return [t.user_attrs["folder"].removeprefix("trials/"), state, *parameters,
             str(t.user_attrs.get("seed", "")), _short(value), _time(seconds)]
 
 def _short(v) -> str:
@@ -169,6 +174,8 @@ def run_optuna(sweep: Sweep, file, folder, workers=1, storage=None, seed=0, resu
                ) -> int:                # exit status: 0, 1 (none finished, or points are left), 130 (stopped)
     "Run a sweep with `workers` processes"
     folder, show = Path(folder).resolve(), show or Screen()
+    check_owner(folder, "sweep", was_ours=is_sweep)
+    check_study(sweep.name, folder, storage, resume)
     claim_folder(folder, "sweep", was_ours=is_sweep)
     study = open_study(sweep, folder, storage, seed, resume)
     if not resume or not (folder / "sweep.yaml").exists(): shutil.copyfile(file, folder / "sweep.yaml")
@@ -187,7 +194,7 @@ def run_optuna(sweep: Sweep, file, folder, workers=1, storage=None, seed=0, resu
             print("stopping: running trials are ended and stay in the queue; Ctrl-C again ends them at once",
                   file=sys.stderr, flush=True)
             _end_all(list(crew.processes.values()), stop)
-    return_lost(study, folder)
+    return_lost(study, folder, stopped=bool(stop.times))
     show(table(sweep, study, total))
     return _status(study, folder, bool(stop.times))
 
@@ -238,6 +245,13 @@ def _end_all(processes, stop, grace=90):
 
 def _unfinished(study): return study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
 
+def _failed_points(study) -> list: # the last trial of each
+    "Points that failed and are not tried again: what was interrupted or lost is in the queue"
+    trials = study.get_trials(deepcopy=False)
+    settled = {t.user_attrs.get("planned") for t in trials if t.state != TrialState.FAIL}
+    last = {t.user_attrs["planned"]: t for t in trials if "folder" in t.user_attrs}
+    return [t for planned, t in last.items() if planned not in settled]
+
 def _retry_failed(study):
     "Every point whose trials all failed goes back into the queue"
     trials = [t for t in study.get_trials(deepcopy=False) if "folder" in t.user_attrs or t.state == TrialState.WAITING]
@@ -249,19 +263,13 @@ def _retry_failed(study):
 
 def _status(study, folder, stopped) -> int:
     "Exit status; prints failures and what is left"
-    trials = [t for t in study.get_trials(deepcopy=False) if "folder" in t.user_attrs]
     unfinished = _unfinished(study)
-    good = (TrialState.COMPLETE, TrialState.PRUNED)
-    settled = {t.user_attrs["planned"] for t in trials if t.state in good}
-    settled |= {t.user_attrs.get("planned") for t in unfinished}
-    fails = [t for t in trials if t.state == TrialState.FAIL and t.user_attrs["planned"] not in settled]
-    last = {t.user_attrs["planned"]: t for t in fails} # of each point
-    for t in list(last.values())[:10]:
+    for t in _failed_points(study)[:10]:
         print(f"failed: {t.user_attrs['folder']}: {_reason(folder / t.user_attrs['folder'])}", file=sys.stderr)
     if unfinished:
         print(f"{len(unfinished)} trials are left; continue with the same command and --resume", file=sys.stderr)
     if stopped: return 130
-    return 0 if not unfinished and any(t.state == TrialState.COMPLETE for t in trials) else 1
+    return 0 if not unfinished and study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) else 1
 
 def _reason(where) -> str:
     file = where / "failure.json"
@@ -341,7 +349,9 @@ def run_wandb(sweep, file, folder, agents=1, entity=None, project=None,
               ) -> int:    # exit status: 0, 1 (no run finished), 130 (stopped)
     "Run a sweep at W&B with `agents` processes, or help one that is running"
     import wandb
-    if folder: check_owner(folder, "sweep", was_ours=is_sweep)
+    if folder:
+        check_owner(folder, "sweep", was_ours=is_sweep)
+        if not join: check_folder(folder, None) # before W&B makes the sweep
     try: return _run_agents(wandb, sweep, file, folder, agents, entity, project, join, shares(agents, gpus, threads),
                             show or Screen())
     except SweepError: raise
@@ -352,13 +362,12 @@ def run_wandb(sweep, file, folder, agents=1, entity=None, project=None,
 def _run_agents(wandb, sweep, file, folder, agents, entity, project, join, shares_of_agents, show) -> int:
     path = _sweep_path(wandb, join, entity, project) if join else _create(wandb, sweep, entity, project)
     wandb.Api().sweep(path) # an agent would wait for one that does not exist
-    print(f"sweep {path}; help it from another machine with: bgrpo sweep --join {path}", flush=True)
     folder = Path(folder or Path("runs/sweeps") / path.split("/")[-1]).resolve()
+    _claim_for_wandb(folder, dict(path=path))
+    print(f"sweep {path}; help it from another machine with: bgrpo sweep --join {path}", flush=True)
     logs = folder / "agents"
-    claim_folder(folder, "sweep", was_ours=is_sweep)
     logs.mkdir(parents=True, exist_ok=True)
     if file: shutil.copyfile(file, folder / "sweep.yaml")
-    write_json(folder / "wandb.json", dict(path=path))
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     common = os.environ | {FOLDER: str(folder), "WANDB_DIR": str(folder), "PATH": programs}
     command = [sys.executable, "-m", "wandb", "agent", path]
@@ -374,6 +383,14 @@ def _run_agents(wandb, sweep, file, folder, agents, entity, project, join, share
             print(f"agent {i} ended with status {p.returncode}: {last_lines(logs / f'{i}.txt')}", file=sys.stderr)
     runs = list(wandb.Api().sweep(path).runs) # an agent ends with 0 even when every run failed
     return 0 if any(r.state == "finished" for r in runs) else 1
+
+def _claim_for_wandb(folder, record):
+    check_owner(folder, "sweep", was_ours=is_sweep)
+    check_folder(folder, record)
+    claim_folder(folder, "sweep", was_ours=is_sweep)
+    with alone(folder):
+        check_folder(folder, record)
+        write_record(folder, "wandb.json", record)
 
 def _watch_agents(wandb, path, crew, stop, show):
     "A new table every ten seconds, until all agents have ended or a stop is asked for"
@@ -392,7 +409,11 @@ def _create(wandb, sweep, entity, project) -> str: # entity/project/id
 
 def _sweep_path(wandb, join, entity, project) -> str: # entity/project/id
     parts = join.strip("/").split("/")
-    if len(parts) == 3: return "/".join(parts)
+    if len(parts) == 3:
+        for flag, given, said in (("entity", entity, parts[0]), ("project", project, parts[1])):
+            if not given or given == said: continue
+            raise SweepError(f"--join {join} says another --{flag} than {given}; leave it out")
+        return "/".join(parts)
     if len(parts) != 1: raise SweepError(f"--join {join} is no sweep; give ENTITY/PROJECT/ID, or ID with --project")
     if not project: raise SweepError(f"--join {join}: in which project? Add --project, or give ENTITY/PROJECT/ID")
     return f"{entity or wandb.Api().default_entity}/{project}/{join}"
@@ -439,7 +460,7 @@ def _write_account(where, flags, order):
                                            fixed=fixed, metric=order["metric"], goal=order["goal"]))
 
 def _why_failed(where, status, why, result) -> str | None:
-    if why: return why
+    if why: return STOPPED if why == "stopped" else why
     if status: return f"exit status {status}: {last_lines(where / 'log.txt')}"
     return None if result else "the program ended well but wrote no result.json into --output_dir"
 

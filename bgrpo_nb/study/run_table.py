@@ -53,6 +53,7 @@ __all__ = ['NOT_PARAMETERS', 'DERIVED', 'METRIC_OF_A_DEGREE', 'RunTable', 'tidy'
 import html
 import re
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -292,6 +293,10 @@ def configurations(self: RunTable, metric: str = METRIC, minimize: bool = False,
     return means.sort_values("mean", ascending=minimize, kind="stable", ignore_index=True)
 
 # %% ../../nbs/10d_run_table.ipynb #4da2a4eb
+def _levels(column: pd.Series) -> list:
+    "Values of a column, None where a setting was left out: pandas' NA equals nothing, not even itself"
+    return [None if pd.isna(v) else v for v in column.tolist()]
+
 @patch
 def _grid_axes(self: RunTable) -> dict[str, list]: # column -> values
     "The values that the sweep's file plans for each parameter, or those that were tried"
@@ -300,7 +305,8 @@ def _grid_axes(self: RunTable) -> dict[str, list]: # column -> values
     for name in [*self.parameters, "seed"]:
         spec = specs.get(name)
         is_planned = isinstance(spec, dict) and "values" in spec
-        tried = list(self.table[name].dropna().unique())
+        tried = list(dict.fromkeys(_levels(self.table[name])))
+        if name == "seed": tried = [seed for seed in tried if seed is not None] # without one a run is in no cell
         axes[name] = [parse_value(v) for v in spec["values"]] if is_planned else tried
     return {name: values for name, values in axes.items() if values}
 
@@ -308,18 +314,17 @@ def _grid_axes(self: RunTable) -> dict[str, list]: # column -> values
 def missing(self: RunTable) -> pd.DataFrame: # parameters and seed
     "Cells of the grid that have no finished run; empty where the sweep is no grid"
     axes = self._grid_axes()
-    def points(table): return set(map(tuple, table[list(axes)].astype(object).to_numpy()))
+    def points(table): return set(zip(*(_levels(table[name]) for name in axes)))
     tried, done = points(self.table), points(self.table[self.table.state == "finished"])
     def is_cell(point): return all(value in values for value, values in zip(point, axes.values()))
     n_cells, method = prod(map(len, axes.values())), self.sweep_file.get("method", "unknown")
     is_grid = method == "grid" or (method == "unknown" and 2 * sum(map(is_cell, tried)) >= n_cells)
-    if not is_grid: return pd.DataFrame(columns=list(axes))
-    cells = list(pd.MultiIndex.from_product(axes.values(), names=axes))
-    return pd.DataFrame([cell for cell in cells if cell not in done], columns=list(axes))
+    if not axes or not is_grid: return pd.DataFrame(columns=list(axes))
+    return pd.DataFrame([cell for cell in product(*axes.values()) if cell not in done], columns=list(axes))
 
 @patch
 def troubles(self: RunTable) -> pd.DataFrame: # run, state, attempt, parameters, seed, reason
-    "Runs that failed, were pruned, still run, or were tried again"
+    "Runs that failed, were interrupted or pruned, still run, or were tried again"
     odd = self.table[(self.table.state != "finished") | (self.table.attempt > 0)]
     reasons = [self.reasons.get(run, "") for run in odd.run]
     return odd[["run", "state", "attempt", *self.parameters, "seed"]].assign(reason=reasons)
