@@ -675,7 +675,7 @@ def test_a_training_whose_wandb_cannot_start_goes_without(error, monkeypatch):
     from bgrpo_nb.recipes import wandb_logging
     def broken(folder): raise error
     monkeypatch.setattr(wandb_logging, "start_wandb", broken)
-    config = types.SimpleNamespace(report_to=["wandb"], output_dir="x")
+    config = types.SimpleNamespace(report_to=["wandb"], output_dir="x", run_name=None, project="huggingface")
     with pytest.warns(UserWarning, match="cannot be used"):
         with at_wandb(config) as summary: summary["done"] = True
     assert config.report_to == []
