@@ -2452,6 +2452,8 @@ d = {
     ('test_sets.html#_is_evaluation', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._known_rows':
     ('test_sets.html#_known_rows', 'bgrpo_nb/solve/test_sets.py'),
+   'bgrpo_nb.solve.test_sets._places':
+    ('test_sets.html#_places', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._require_answers':
     ('test_sets.html#_require_answers', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._require_vocabulary':
@@ -2462,6 +2464,8 @@ d = {
     ('test_sets.html#_summary_of', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets.evaluate_files':
     ('test_sets.html#evaluate_files', 'bgrpo_nb/solve/test_sets.py'),
+   'bgrpo_nb.solve.test_sets.policy_names':
+    ('test_sets.html#policy_names', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets.published_degrees':
     ('test_sets.html#published_degrees', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets.published_figures':

@@ -244,9 +244,9 @@ def evaluate(argv):
     p.add_argument("--overwrite", action="store_true", help="replace NAME.json that is there")
     a = p.parse_args(argv)
     from bgrpo_nb.base.ownership import check_new_file, mark_of
-    from bgrpo_nb.solve.test_sets import evaluate_files, test_sets
+    from bgrpo_nb.solve.test_sets import evaluate_files, policy_names, test_sets
     single, out = a.out.endswith(".json"), Path(a.out)
-    if single and len(a.model) * len(test_sets(a.problems)) > 1:
+    if single and len(policy_names(a.model)) * len(test_sets(a.problems)) > 1:
         raise Fault(f"evaluate: {a.out} holds one report, and several are asked for; name a folder for --out")
     folder = out.with_suffix("") if single else out
     if single and mark_of(folder) is None: check_new_file(out, a.overwrite)
