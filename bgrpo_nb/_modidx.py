@@ -2448,8 +2448,6 @@ d = {
     ('test_sets.html#_degrees_by_name', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._end_of':
     ('test_sets.html#_end_of', 'bgrpo_nb/solve/test_sets.py'),
-   'bgrpo_nb.solve.test_sets._is_evaluation':
-    ('test_sets.html#_is_evaluation', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._known_rows':
     ('test_sets.html#_known_rows', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._places':

@@ -314,7 +314,7 @@ def plot(argv):
     p.add_argument("--overwrite", action="store_true", help="replace a figure that is there")
     a = p.parse_args(argv)
     folder, metrics = Path(a.run), Path(a.run) / "metrics.jsonl"
-    if (folder / "results.json").is_file(): return _plot_evaluation(folder, a.out or folder / "plots")
+    if (folder / "results.json").is_file(): return _plot_evaluation(folder, a.out, a.overwrite)
     if not metrics.is_file():
         raise Fault(f"plot: {a.run} has no metrics.jsonl and no results.json; name a folder of a run or evaluation")
     from bgrpo_nb.base.ownership import check_new_file, mark_of
@@ -324,10 +324,15 @@ def plot(argv):
     if a.out or mark_of(folder) is None and not is_run(folder): check_new_file(out, a.overwrite)
     print("drawn in", plot_history(read_metrics(metrics), out))
 
-def _plot_evaluation(folder, out):
-    from bgrpo_nb.solve.evaluation_report import draw
+def _plot_evaluation(folder, out, overwrite):
+    from bgrpo_nb.base.ownership import check_new_file, mark_of
+    from bgrpo_nb.solve.evaluation_report import draw, figure_files, was_evaluation
     results = folder / "results.json"
-    try: drawn = draw(json.loads(results.read_text(encoding="utf-8")), out)
+    try:
+        summary = json.loads(results.read_text(encoding="utf-8"))
+        if out or mark_of(folder) is None and not was_evaluation(folder):
+            for file in figure_files(summary, out or folder / "plots"): check_new_file(file, overwrite)
+        drawn = draw(summary, out or folder / "plots")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise Fault(f"plot: {results} was not written by `bgrpo evaluate` ({type(e).__name__}: {e}); run that again, "
                     "it computes only what is missing") from None

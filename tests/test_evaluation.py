@@ -151,6 +151,13 @@ def test_plot_redraws_from_the_files_alone(results, tmp_path, capsys):
     (tmp_path / "results.json").write_bytes((out / "results.json").read_bytes())
     assert main(["plot", str(tmp_path)]) == 0 and "plots/widths.png" in capsys.readouterr().out
     assert files(tmp_path / "plots") == files(out / "plots")
+    for words in ([], ["--out", str(tmp_path / "plots")]): # a folder without a mark, and one that is named
+        (tmp_path / "plots/widths.png").write_text("mine")
+        assert main(["plot", str(tmp_path), *words]) == 2 and "replace it with --overwrite" in capsys.readouterr().err
+        assert (tmp_path / "plots/widths.png").read_text() == "mine"
+        assert main(["plot", str(tmp_path), *words, "--overwrite"]) == 0 and files(tmp_path / "plots") == files(out / "plots")
+    assert main(["plot", str(out)]) == 0, "its own figures are drawn again"
+    capsys.readouterr()
     for torn in ('{"reports": 3}', '{"repor'):
         (tmp_path / "results.json").write_text(torn)
         assert main(["plot", str(tmp_path)]) == 2

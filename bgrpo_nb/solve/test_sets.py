@@ -68,7 +68,7 @@ from ..policy.loading import find_policy
 from ..policy.model import load_model, load_tokenizer
 from .beam_filter import in_batches
 from .evaluation import METRICS, Report, compare, evaluate, name_of, wilson
-from .evaluation_report import as_markdown, save
+from .evaluation_report import as_markdown, save, was_evaluation
 from .result_store import ResultStore, describe_file, policy_fingerprint
 
 # %% ../../nbs/07a_test_sets.ipynb #d7a00013
@@ -246,7 +246,7 @@ def evaluate_files(models: Sequence[str],   # bundled policies' names or folders
     policies = {name: (load_model(path, device="cpu"), load_tokenizer(path))
                 for name, path in policy_names(models).items()}
     _require_vocabulary(policies, files)
-    claim_folder(out, "evaluation", flag="--out", was_ours=_is_evaluation)
+    claim_folder(out, "evaluation", flag="--out", was_ours=was_evaluation)
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
     results = Results({}, provenance(settings.get("seed", 0)))
     number, pairs = count(1), len(policies) * len(files)
@@ -265,10 +265,6 @@ def evaluate_files(models: Sequence[str],   # bundled policies' names or folders
     for (name, file), report in results.reports.items(): report.to_json(out / "reports" / name / f"{file}.json")
     save(results.summary(), out)
     return results
-
-def _is_evaluation(folder) -> bool: # of an earlier version, which wrote no mark
-    names = {path.name for path in Path(folder).iterdir()}
-    return "store" in names and names <= {"store", "plots", "reports", "results.json", "results.csv", "results.md"}
 
 def _require_answers(files):
     for path, found in files.values():
