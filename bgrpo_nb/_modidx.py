@@ -2462,6 +2462,8 @@ d = {
     ('test_sets.html#_summary_of', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets.evaluate_files':
     ('test_sets.html#evaluate_files', 'bgrpo_nb/solve/test_sets.py'),
+   'bgrpo_nb.solve.test_sets.is_report_of':
+    ('test_sets.html#is_report_of', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets.policy_names':
     ('test_sets.html#policy_names', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets.published_degrees':

@@ -241,18 +241,19 @@ def evaluate(argv):
     p.add_argument("--out", default="runs/evaluation",
                    help="folder for results.json, .csv, .md, plots and reports; results that it holds are used again. "
                         "For one policy on one file also NAME.json, for the report alone")
-    p.add_argument("--overwrite", action="store_true", help="replace NAME.json that is there")
+    p.add_argument("--overwrite", action="store_true", help="replace NAME.json, where it is not of the same evaluation")
     a = p.parse_args(argv)
-    from bgrpo_nb.base.ownership import check_new_file, mark_of
-    from bgrpo_nb.solve.test_sets import evaluate_files, policy_names, test_sets
+    from bgrpo_nb.base.ownership import check_new_file
+    from bgrpo_nb.solve.test_sets import evaluate_files, is_report_of, policy_names, test_sets
     single, out = a.out.endswith(".json"), Path(a.out)
-    if single and len(policy_names(a.model)) * len(test_sets(a.problems)) > 1:
+    files = test_sets(a.problems)
+    if single and len(policy_names(a.model)) * len(files) > 1:
         raise Fault(f"evaluate: {a.out} holds one report, and several are asked for; name a folder for --out")
     folder = out.with_suffix("") if single else out
-    if single and mark_of(folder) is None: check_new_file(out, a.overwrite)
     passed_on = ("num_beams", "wide_beams", "curve_problems", "num_samples", "temperature", "domain", "seed",
                  "allow_trivial", "batch_size")
     settings = {name: getattr(a, name) for name in passed_on} | dict(curve_beams=a.curve_beams or None)
+    if single: check_new_file(out, a.overwrite or is_report_of(out, a.model[0], files[0], a.limit, **settings))
     try:
         results = evaluate_files(a.model, a.problems, folder, a.limit, a.without_answers, progress=True, **settings)
     except Stopped as e:

@@ -226,6 +226,24 @@ def test_only_what_is_missing_is_computed(policies, sets, tmp_path, monkeypatch)
     assert asked[1:] == [(12, 1), (12, 4), (12, 6), (3, 10)], "another policy is measured"
 
 
+def test_a_report_is_replaced_by_the_same_evaluation_alone(policies, sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    def status(problems="2_2", limit="2", flags=FLAGS, more=()):
+        return main(["evaluate", "--problems", str(sets / f"{problems}.txt"), "--limit", limit, *flags, "--out", "r.json", *more])
+    assert status() == 0
+    report = Path("r.json").read_bytes()
+    assert status() == 0 and json.loads(Path("r.json").read_bytes())["rows"] == json.loads(report)["rows"], "it continues"
+    report = Path("r.json").read_bytes()
+    for other in (dict(problems="mixed"), dict(limit="3"), dict(flags=FLAGS[:-2]), dict(flags=[*FLAGS[:-1], "0"]), dict(more=["--seed", "1"]),
+                  dict(more=["--model", policies["disturbed"]]), dict(more=["--domain", "ZZ"]), dict(more=["--allow_trivial"])):
+        assert status(**other) == 2 and "r.json exists; choose another name" in capsys.readouterr().err, other
+        assert Path("r.json").read_bytes() == report
+    for mine in ("mine", "[]", '{"rows": [], "settings": {}, "model": {}}'):
+        Path("r.json").write_text(mine)
+        assert status() == 2 and Path("r.json").read_text() == mine, "beside the folder of an evaluation"
+    assert status(more=["--overwrite"]) == 0 and Path("r.json").stat().st_size > 100
+
+
 def test_two_evaluations_do_not_write_one_file(tmp_path):
     store = ResultStore(tmp_path, model="m", data="d")
     with store.open("beams-3", width=3) as lines:

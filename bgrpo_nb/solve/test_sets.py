@@ -46,7 +46,7 @@ the reward of a decomposition)."""
 # %% auto #0
 __all__ = ['GREEDY', 'TEN_BEAMS', 'RELEASED', 'AFTER_BGRPO', 'SOLVED_OF_300', 'PUBLISHED', 'DEGREES_OF_HASH',
            'test_sets', 'short_names', 'policy_names', 'PublishedFigure', 'published_degrees', 'published_figures',
-           'Results', 'evaluate_files']
+           'Results', 'evaluate_files', 'is_report_of']
 
 # %% ../../nbs/07a_test_sets.ipynb #d7a00004
 import hashlib
@@ -265,6 +265,20 @@ def evaluate_files(models: Sequence[str],   # bundled policies' names or folders
     for (name, file), report in results.reports.items(): report.to_json(out / "reports" / name / f"{file}.json")
     save(results.summary(), out)
     return results
+
+_UNRECORDED = {"batch_size", "curve_problems"} # what a report does not say
+
+def is_report_of(path, model: str, problems: str, limit: int | None = None, **settings) -> bool: # as of `evaluate_files`
+    "Whether a file is the report of this policy on these problems with these settings"
+    try:
+        report = Report.from_json(path)
+        policy, data = report.about["model"]["fingerprint"], report.about["data"]
+        there = report.settings, data["sha256"], data["n"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return False
+    asked = {name: value for name, value in settings.items() if name not in _UNRECORDED and value is not None}
+    data = describe_file(problems, len(read_problems(problems, limit)))
+    if there != (asked, data["sha256"], data["n"]): return False
+    return policy == policy_fingerprint(load_model(model, device="cpu"), load_tokenizer(model))
 
 def _require_answers(files):
     for path, found in files.values():
