@@ -1064,8 +1064,12 @@ d = {
     ('model.html#words_of', 'bgrpo_nb/policy/model.py'),
   },
   'bgrpo_nb.recipes.demo': {
+   'bgrpo_nb.recipes.demo._claim':
+    ('demo.html#_claim', 'bgrpo_nb/recipes/demo.py'),
    'bgrpo_nb.recipes.demo._config':
     ('demo.html#_config', 'bgrpo_nb/recipes/demo.py'),
+   'bgrpo_nb.recipes.demo._is_ours':
+    ('demo.html#_is_ours', 'bgrpo_nb/recipes/demo.py'),
    'bgrpo_nb.recipes.demo._make_way':
     ('demo.html#_make_way', 'bgrpo_nb/recipes/demo.py'),
    'bgrpo_nb.recipes.demo.demo_table':

@@ -11,6 +11,7 @@ import pytest
 from bgrpo_nb.cli import main
 from bgrpo_nb.algebra.problems import generate_problems, polynomial_key, read_problems, write_problems
 from bgrpo_nb.solve.evaluation import Report
+from bgrpo_nb.base.ownership import claim_folder, locked
 from bgrpo_nb.base.run_folder import read_metrics
 
 COMMANDS = ["demo", "generate", "sft", "filter", "train", "evaluate", "plot", "sweep", "analyze", "convert"]
@@ -156,6 +157,17 @@ def test_the_demo_in_miniature(tmp_path):
     before, after = (Report.from_json(folder / f"reports/3_2_{when}.json") for when in ("before", "after"))
     assert [r.expanded for r in before.rows] == [r.expanded for r in after.rows]
     assert bgrpo("demo", "--steps", 1, "--pool", 150, "--held_out", 4, cwd=tmp_path).returncode == 0  # an earlier demo is replaced
+
+
+def test_a_demo_that_cannot_train_leaves_the_earlier_one(tmp_path, capsys):
+    claim_folder(tmp_path / "demo", "demo")
+    (tmp_path / "demo/policy").mkdir()
+    for name in ("metrics.jsonl", "policy/config.json"): (tmp_path / "demo" / name).write_text("earlier")
+    assert here("demo", "--output_dir", tmp_path / "demo", "--pool", 1, "--held_out", 2, "--steps", 1) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "bgrpo: the beam filter kept none of pool=1 problems; use a larger --pool"
+    with locked(tmp_path / "demo"): assert here("demo", "--output_dir", tmp_path / "demo", "--pool", 60, "--held_out", 2, "--steps", 1) == 2
+    assert "another process is at work" in capsys.readouterr().err
+    assert {p.read_text() for p in (tmp_path / "demo").rglob("*") if p.name in ("metrics.jsonl", "config.json")} == {"earlier"}
 
 
 def test_the_demo_measures_on_problems_that_the_policy_never_saw():

@@ -268,7 +268,7 @@ def evaluate_files(models: Sequence[str],   # bundled policies' names or folders
 
 _UNRECORDED = {"batch_size", "curve_problems"} # what a report does not say
 
-def is_report_of(path, model: str, problems: str, limit: int | None = None, **settings) -> bool: # as of `evaluate_files`
+def is_report_of(path, model: str, problems: str, limit: int | None = None, **settings) -> bool:
     "Whether a file is the report of this policy on these problems with these settings"
     try:
         report = Report.from_json(path)
