@@ -1082,6 +1082,8 @@ d = {
     ('flags.html#fault', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags._documented_field':
     ('flags.html#_documented_field', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._name':
+    ('flags.html#_name', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags._read_flags':
     ('flags.html#_read_flags', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags._rename':
@@ -1100,8 +1102,12 @@ d = {
     ('flags.html#describe_fields', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags.documented':
     ('flags.html#documented', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags.override':
+    ('flags.html#override', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags.read_config':
     ('flags.html#read_config', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags.refuse_repeats':
+    ('flags.html#refuse_repeats', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags.unknown_flag':
     ('flags.html#unknown_flag', 'bgrpo_nb/recipes/flags.py'),
   },

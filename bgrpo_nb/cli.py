@@ -2,7 +2,8 @@
 
 ## One line that says how to correct it
 
-A parser reports a wrong flag in one line and suggests the nearest right one.
+A parser reports a wrong flag in one line and suggests the nearest right one. A flag that is given twice is wrong,
+too.
 
 ## Flags of a dataclass
 
@@ -57,7 +58,7 @@ from pathlib import Path
 from . import __version__
 from .base.network import report_nothing
 from .base.signals import end_at_once, handled, this_is_a_command
-from .recipes.flags import Fault, describe_fields, read_config, unknown_flag
+from .recipes.flags import Fault, describe_fields, override, read_config, refuse_repeats, unknown_flag
 
 # %% ../nbs/13_cli.ipynb #f9524075
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +69,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fault(f"{self.prog.removeprefix('bgrpo ')}: {message}; see `{self.prog} --help`")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args, namespace=None):
+        refuse_repeats(self, args)
         known, extra = self.parse_known_args(args, namespace)
         flags = [flag for action in self._actions for flag in action.option_strings]
         if extra: self.error(unknown_flag(extra[0], flags))
@@ -212,7 +214,7 @@ def _report_training(command, argv, config, result):
     "The first and the last validation, the best values, and where the policy is; or how to resume"
     from bgrpo_nb.base.run_folder import best_table
     if result["stopped"]:
-        again = shlex.join(["bgrpo", command, *argv, *([] if config.resume else ["--resume"])])
+        again = shlex.join(["bgrpo", command, *override(argv, [] if config.resume else ["--resume"])])
         return print(f"stopped after step {result['step']}, saved in {config.output_dir}; resume with: {again}")
     reports = result.get("reports", [])
     if reports: print(reports[0])
@@ -452,7 +454,7 @@ def _check_trials(found, seed):
     different = {json.dumps(p): p for p in points}
     for parameters in different.values():
         flags = sweeps.words(["${args}"], found.fixed | parameters)
-        try: read_config(TrainConfig, [*flags, "--use_cpu=True"], "bgrpo train")
+        try: read_config(TrainConfig, override(flags, ["--use_cpu=True"]), "bgrpo train")
         except (Fault, ValueError) as e:
             raise Fault(f"sweep: the trial {parameters} cannot run: {' '.join(str(e).split())}") from None
 

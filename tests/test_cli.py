@@ -66,6 +66,12 @@ HIDDEN = DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceW
     ("train --problems good.txt --resume --prompts_per_step 2", "no whole checkpoint"), ("train --problems good.txt", "lower prompts_per_step"), ("train --output_dir good.txt/run --num_problems 90", "output_dir"),
     ("sft --preset huge", "tiny, small, paper"), ("sft --problems good.txt", "lower --held_out"), ("analyze nowhere", "there is no nowhere; give a"), ("analyze .", "holds no run"), ("plot .", "no metrics.jsonl"), ("convert nowhere.pt out", "no checkpoint"),
     ("demo --output_dir .", "choose another"),
+    ("evaluate --model tiny --model small --problems good.txt", "evaluate: --model is given twice and the last would win silently; keep one, with all values after it"),
+    ("generate x --n 2 --n=3", "--n is given twice and the last would win silently; keep one; see"), ("demo --quick --steps 2 --quick", "--quick is given twice"),
+    ("sweep s.yaml --agents 2 --workers 3", "--agents and --workers set the same; keep one"), ("train --seed 1 --max_steps 2 --seed=1", "train: --seed is given twice"),
+    ("train --num_generations 4 --beam_width 6", "--num_generations and --beam_width set the same"), ("train --use_beam false --rollout beam", "--use_beam and --rollout set the same"),
+    ("train --max-steps 4 --max_steps 6", "--max-steps and --max_steps set the same"), ("train --config bad.yaml --config c.yaml", "--config is given twice"),
+    ("sft --degrees 2_2 --degrees 3_2", "--degrees is given twice and the last would win silently; keep one, with all values after it"),
 ])
 def test_what_cannot_be_done_is_one_line_and_status_2(line, says, place, capfd):
     "In this process, which has loaded the libraries"
@@ -74,6 +80,25 @@ def test_what_cannot_be_done_is_one_line_and_status_2(line, says, place, capfd):
         assert main(line.split()) == 2
     assert is_one_line(*(said := capfd.readouterr()), says), said
     assert not [w for w in caught if not issubclass(w.category, HIDDEN)]
+
+
+def test_flags_that_a_program_adds_do_not_repeat_those_that_were_typed(tmp_path, monkeypatch):
+    "The monitor's of a notebook, an agent's of W&B, and the check of a sweep"
+    from bgrpo_nb.recipes.flags import override
+    from bgrpo_nb.show import run_explorers
+    started = []
+    monkeypatch.setattr(run_explorers.subprocess, "Popen", lambda command, **how: started.append(command[3:]))
+    for typed, added in (("--seed 1", ["--disable_tqdm", "true"]), ("--disable-tqdm false", [])):
+        run_explorers.start_training(tmp_path / "run", typed)
+        assert started.pop() == ["--output_dir", str(tmp_path / "run"), *added, *typed.split()]
+    agent = override(["--output_dir=trial", "--known_problems=0"], ["--known-problems", "3", "--beam_width=4", "--degrees", "2_2", "3_2"])
+    assert agent == ["--output_dir=trial", "--known-problems", "3", "--beam_width=4", "--degrees", "2_2", "3_2"]
+    assert override(agent, ["--num_generations=6", "--degrees=4_2"]) == ["--output_dir=trial", "--known-problems", "3", "--num_generations=6", "--degrees=4_2"]
+    sweep = "method: grid\nmetric: {name: eval_beam_rank_score, goal: maximize}\nparameters: {use_cpu: {value: true}, seed: {values: [1, 2]}}\n"
+    (tmp_path / "s.yaml").write_text(sweep)
+    from bgrpo_nb import cli
+    from bgrpo_nb.study.sweeps import read_sweep
+    cli._check_trials(read_sweep(tmp_path / "s.yaml"), 0)
 
 
 @pytest.mark.parametrize("path", sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*/*.yaml") if p.parent.name in ("sft", "train")), ids=lambda p: f"{p.parent.name}/{p.name}")
