@@ -288,6 +288,8 @@ d = {
     ('cli.html#_read_gpus', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._read_seeds':
     ('cli.html#_read_seeds', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._refuse_generate':
+    ('cli.html#_refuse_generate', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._refuse_sweep':
     ('cli.html#_refuse_sweep', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._report_training':

@@ -111,6 +111,9 @@ def fields_help(command: str) -> str:
     return "\n".join(usage + describe_fields(*classes) + more)
 
 # %% ../nbs/13_cli.ipynb #85d10cb6
+_UNUSED = {"univariate": ["variables"], "multivariate": ["answer", "descending"], # kind -> flags without a meaning
+           "on_singlets": ["variables", "answer", "canonical", "descending"]}
+
 def generate(argv):
     "Write problems to a file: univariate, multivariate (answers `outer & inner ...`) or O(N) singlets"
     p = _Parser(prog="bgrpo generate", description=generate.__doc__)
@@ -119,11 +122,14 @@ def generate(argv):
     p.add_argument("--n", type=count(0), default=1000, help="how many problems")
     p.add_argument("--kind", choices=kinds, default="univariate", help="kind of problem")
     p.add_argument("--degrees", default="2_2",
-                   help="degree of the outer and of the inner polynomial; several (2_2,3_2) are mixed evenly")
+                   help="degree of the outer and of the inner polynomial, which is 2 for on_singlets; "
+                        "several (2_2,3_2) are mixed evenly")
     p.add_argument("--coefficient_bound", type=count(), default=20, help="coefficients are in [-bound, bound]")
-    p.add_argument("--variables", type=count(1, 9), default=3, help="of a multivariate outer polynomial")
-    p.add_argument("--answer", choices=["inner", "both"], default="inner", help="what a univariate answer holds")
-    p.add_argument("--canonical", action="store_true", help="answers in canonical form")
+    p.add_argument("--variables", type=count(1, 9), default=argparse.SUPPRESS, # so that it is seen if it was given
+                   help="of a multivariate outer polynomial (default: 3)")
+    p.add_argument("--answer", choices=["inner", "both"], default=argparse.SUPPRESS,
+                   help="what a univariate answer holds (default: inner)")
+    p.add_argument("--canonical", action="store_true", help="answers in canonical form; not of on_singlets")
     p.add_argument("--descending", action="store_true", help="univariate answers with their highest term first")
     p.add_argument("--seed", type=SEED, default=0, help="same seed, same problems")
     p.add_argument("--overwrite", action="store_true", help="replace a file that is there")
@@ -131,14 +137,26 @@ def generate(argv):
     from random import Random
     from bgrpo_nb.base.ownership import check_new_file
     from bgrpo_nb.algebra.problems import read_degrees, write_problems
-    check_new_file(a.out, a.overwrite)
     degrees, made = [read_degrees(d) for d in a.degrees.split(",")], []
+    _refuse_generate(a, degrees)
+    a = argparse.Namespace(**dict(variables=3, answer="inner") | vars(a))
+    check_new_file(a.out, a.overwrite)
     for k, (outer, inner) in enumerate(degrees):
         n = a.n // len(degrees) + (k < a.n % len(degrees))
         made += _make_problems(a, n, outer, inner)
     if len(degrees) > 1: Random(a.seed).shuffle(made)
     write_problems(a.out, made)
     print(f"{len(made)} problems written to {a.out}")
+
+def _refuse_generate(a, degrees):
+    "What the kind of problem does not use, and a degree that is named twice"
+    for flag in _UNUSED[a.kind]:
+        if getattr(a, flag, False): raise Fault(f"generate: --{flag} means nothing for --kind {a.kind}; leave it out")
+    for k, (outer, inner) in enumerate(degrees):
+        if a.kind == "on_singlets" and inner != 2:
+            raise Fault(f"generate: the inner degree of --kind on_singlets is 2; write --degrees {outer}_2")
+        if (outer, inner) in degrees[:k]:
+            raise Fault(f"generate: --degrees names {outer}_{inner} twice, and would make the same problems; keep one")
 
 def _make_problems(a, n, outer, inner):
     from bgrpo_nb.algebra import problems
