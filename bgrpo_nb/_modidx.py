@@ -294,6 +294,8 @@ d = {
     ('cli.html#_read_seeds', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._refuse_flags_of_the_other':
     ('cli.html#_refuse_flags_of_the_other', 'bgrpo_nb/cli.py'),
+   'bgrpo_nb.cli._refuse_generate':
+    ('cli.html#_refuse_generate', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._refuse_sweep':
     ('cli.html#_refuse_sweep', 'bgrpo_nb/cli.py'),
    'bgrpo_nb.cli._report_training':
@@ -1074,8 +1076,12 @@ d = {
     ('model.html#words_of', 'bgrpo_nb/policy/model.py'),
   },
   'bgrpo_nb.recipes.demo': {
+   'bgrpo_nb.recipes.demo._claim':
+    ('demo.html#_claim', 'bgrpo_nb/recipes/demo.py'),
    'bgrpo_nb.recipes.demo._config':
     ('demo.html#_config', 'bgrpo_nb/recipes/demo.py'),
+   'bgrpo_nb.recipes.demo._is_ours':
+    ('demo.html#_is_ours', 'bgrpo_nb/recipes/demo.py'),
    'bgrpo_nb.recipes.demo._make_way':
     ('demo.html#_make_way', 'bgrpo_nb/recipes/demo.py'),
    'bgrpo_nb.recipes.demo.demo_table':
@@ -1088,6 +1094,8 @@ d = {
     ('flags.html#fault', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags._documented_field':
     ('flags.html#_documented_field', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags._name':
+    ('flags.html#_name', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags._read_flags':
     ('flags.html#_read_flags', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags._rename':
@@ -1106,8 +1114,12 @@ d = {
     ('flags.html#describe_fields', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags.documented':
     ('flags.html#documented', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags.override':
+    ('flags.html#override', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags.read_config':
     ('flags.html#read_config', 'bgrpo_nb/recipes/flags.py'),
+   'bgrpo_nb.recipes.flags.refuse_repeats':
+    ('flags.html#refuse_repeats', 'bgrpo_nb/recipes/flags.py'),
    'bgrpo_nb.recipes.flags.unknown_flag':
     ('flags.html#unknown_flag', 'bgrpo_nb/recipes/flags.py'),
   },
@@ -2470,10 +2482,10 @@ d = {
     ('test_sets.html#_degrees_by_name', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._end_of':
     ('test_sets.html#_end_of', 'bgrpo_nb/solve/test_sets.py'),
-   'bgrpo_nb.solve.test_sets._is_evaluation':
-    ('test_sets.html#_is_evaluation', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._known_rows':
     ('test_sets.html#_known_rows', 'bgrpo_nb/solve/test_sets.py'),
+   'bgrpo_nb.solve.test_sets._places':
+    ('test_sets.html#_places', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._require_answers':
     ('test_sets.html#_require_answers', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets._require_vocabulary':
@@ -2484,6 +2496,10 @@ d = {
     ('test_sets.html#_summary_of', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets.evaluate_files':
     ('test_sets.html#evaluate_files', 'bgrpo_nb/solve/test_sets.py'),
+   'bgrpo_nb.solve.test_sets.is_report_of':
+    ('test_sets.html#is_report_of', 'bgrpo_nb/solve/test_sets.py'),
+   'bgrpo_nb.solve.test_sets.policy_names':
+    ('test_sets.html#policy_names', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets.published_degrees':
     ('test_sets.html#published_degrees', 'bgrpo_nb/solve/test_sets.py'),
    'bgrpo_nb.solve.test_sets.published_figures':

@@ -2,7 +2,8 @@
 
 ## One line that says how to correct it
 
-A parser reports a wrong flag in one line and suggests the nearest right one.
+A parser reports a wrong flag in one line and suggests the nearest right one. A flag that is given twice is wrong,
+too.
 
 ## Flags of a dataclass
 
@@ -57,7 +58,7 @@ from pathlib import Path
 from . import __version__
 from .base.network import report_nothing
 from .base.signals import end_at_once, handled, this_is_a_command
-from .recipes.flags import Fault, describe_fields, read_config, unknown_flag
+from .recipes.flags import Fault, describe_fields, override, read_config, refuse_repeats, unknown_flag
 
 # %% ../nbs/13_cli.ipynb #f9524075
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +69,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fault(f"{self.prog.removeprefix('bgrpo ')}: {message}; see `{self.prog} --help`")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args, namespace=None):
+        refuse_repeats(self, args)
         known, extra = self.parse_known_args(args, namespace)
         flags = [flag for action in self._actions for flag in action.option_strings]
         if extra: self.error(unknown_flag(extra[0], flags))
@@ -109,6 +111,9 @@ def fields_help(command: str) -> str:
     return "\n".join(usage + describe_fields(*classes) + more)
 
 # %% ../nbs/13_cli.ipynb #85d10cb6
+_UNUSED = {"univariate": ["variables"], "multivariate": ["answer", "descending"], # kind -> flags without a meaning
+           "on_singlets": ["variables", "answer", "canonical", "descending"]}
+
 def generate(argv):
     "Write problems to a file: univariate, multivariate (answers `outer & inner ...`) or O(N) singlets"
     p = _Parser(prog="bgrpo generate", description=generate.__doc__)
@@ -117,11 +122,14 @@ def generate(argv):
     p.add_argument("--n", type=count(0), default=1000, help="how many problems")
     p.add_argument("--kind", choices=kinds, default="univariate", help="kind of problem")
     p.add_argument("--degrees", default="2_2",
-                   help="degree of the outer and of the inner polynomial; several (2_2,3_2) are mixed evenly")
+                   help="degree of the outer and of the inner polynomial, which is 2 for on_singlets; "
+                        "several (2_2,3_2) are mixed evenly")
     p.add_argument("--coefficient_bound", type=count(), default=20, help="coefficients are in [-bound, bound]")
-    p.add_argument("--variables", type=count(1, 9), default=3, help="of a multivariate outer polynomial")
-    p.add_argument("--answer", choices=["inner", "both"], default="inner", help="what a univariate answer holds")
-    p.add_argument("--canonical", action="store_true", help="answers in canonical form")
+    p.add_argument("--variables", type=count(1, 9), default=argparse.SUPPRESS, # so that it is seen if it was given
+                   help="of a multivariate outer polynomial (default: 3)")
+    p.add_argument("--answer", choices=["inner", "both"], default=argparse.SUPPRESS,
+                   help="what a univariate answer holds (default: inner)")
+    p.add_argument("--canonical", action="store_true", help="answers in canonical form; not of on_singlets")
     p.add_argument("--descending", action="store_true", help="univariate answers with their highest term first")
     p.add_argument("--seed", type=SEED, default=0, help="same seed, same problems")
     p.add_argument("--overwrite", action="store_true", help="replace a file that is there")
@@ -129,14 +137,26 @@ def generate(argv):
     from random import Random
     from bgrpo_nb.base.ownership import check_new_file
     from bgrpo_nb.algebra.problems import read_degrees, write_problems
-    check_new_file(a.out, a.overwrite)
     degrees, made = [read_degrees(d) for d in a.degrees.split(",")], []
+    _refuse_generate(a, degrees)
+    a = argparse.Namespace(**dict(variables=3, answer="inner") | vars(a))
+    check_new_file(a.out, a.overwrite)
     for k, (outer, inner) in enumerate(degrees):
         n = a.n // len(degrees) + (k < a.n % len(degrees))
         made += _make_problems(a, n, outer, inner)
     if len(degrees) > 1: Random(a.seed).shuffle(made)
     write_problems(a.out, made)
     print(f"{len(made)} problems written to {a.out}")
+
+def _refuse_generate(a, degrees):
+    "What the kind of problem does not use, and a degree that is named twice"
+    for flag in _UNUSED[a.kind]:
+        if getattr(a, flag, False): raise Fault(f"generate: --{flag} means nothing for --kind {a.kind}; leave it out")
+    for k, (outer, inner) in enumerate(degrees):
+        if a.kind == "on_singlets" and inner != 2:
+            raise Fault(f"generate: the inner degree of --kind on_singlets is 2; write --degrees {outer}_2")
+        if (outer, inner) in degrees[:k]:
+            raise Fault(f"generate: --degrees names {outer}_{inner} twice, and would make the same problems; keep one")
 
 def _make_problems(a, n, outer, inner):
     from bgrpo_nb.algebra import problems
@@ -212,7 +232,7 @@ def _report_training(command, argv, config, result):
     "The first and the last validation, the best values, and where the policy is; or how to resume"
     from bgrpo_nb.base.run_folder import best_table
     if result["stopped"]:
-        again = shlex.join(["bgrpo", command, *argv, *([] if config.resume else ["--resume"])])
+        again = shlex.join(["bgrpo", command, *override(argv, [] if config.resume else ["--resume"])])
         return print(f"stopped after step {result['step']}, saved in {config.output_dir}; resume with: {again}")
     reports = result.get("reports", [])
     if reports: print(reports[0])
@@ -241,18 +261,19 @@ def evaluate(argv):
     p.add_argument("--out", default="runs/evaluation",
                    help="folder for results.json, .csv, .md, plots and reports; results that it holds are used again. "
                         "For one policy on one file also NAME.json, for the report alone")
-    p.add_argument("--overwrite", action="store_true", help="replace NAME.json that is there")
+    p.add_argument("--overwrite", action="store_true", help="replace NAME.json, where it is not of the same evaluation")
     a = p.parse_args(argv)
-    from bgrpo_nb.base.ownership import check_new_file, mark_of
-    from bgrpo_nb.solve.test_sets import evaluate_files, test_sets
+    from bgrpo_nb.base.ownership import check_new_file
+    from bgrpo_nb.solve.test_sets import evaluate_files, is_report_of, policy_names, test_sets
     single, out = a.out.endswith(".json"), Path(a.out)
-    if single and len(a.model) * len(test_sets(a.problems)) > 1:
+    files = test_sets(a.problems)
+    if single and len(policy_names(a.model)) * len(files) > 1:
         raise Fault(f"evaluate: {a.out} holds one report, and several are asked for; name a folder for --out")
     folder = out.with_suffix("") if single else out
-    if single and mark_of(folder) is None: check_new_file(out, a.overwrite)
     passed_on = ("num_beams", "wide_beams", "curve_problems", "num_samples", "temperature", "domain", "seed",
                  "allow_trivial", "batch_size")
     settings = {name: getattr(a, name) for name in passed_on} | dict(curve_beams=a.curve_beams or None)
+    if single: check_new_file(out, a.overwrite or is_report_of(out, a.model[0], files[0], a.limit, **settings))
     try:
         results = evaluate_files(a.model, a.problems, folder, a.limit, a.without_answers, progress=True, **settings)
     except Stopped as e:
@@ -314,7 +335,7 @@ def plot(argv):
     p.add_argument("--overwrite", action="store_true", help="replace a figure that is there")
     a = p.parse_args(argv)
     folder, metrics = Path(a.run), Path(a.run) / "metrics.jsonl"
-    if (folder / "results.json").is_file(): return _plot_evaluation(folder, a.out or folder / "plots")
+    if (folder / "results.json").is_file(): return _plot_evaluation(folder, a.out, a.overwrite)
     if not metrics.is_file():
         raise Fault(f"plot: {a.run} has no metrics.jsonl and no results.json; name a folder of a run or evaluation")
     from bgrpo_nb.base.ownership import check_new_file, mark_of
@@ -324,10 +345,15 @@ def plot(argv):
     if a.out or mark_of(folder) is None and not is_run(folder): check_new_file(out, a.overwrite)
     print("drawn in", plot_history(read_metrics(metrics), out))
 
-def _plot_evaluation(folder, out):
-    from bgrpo_nb.solve.evaluation_report import draw
+def _plot_evaluation(folder, out, overwrite):
+    from bgrpo_nb.base.ownership import check_new_file, mark_of
+    from bgrpo_nb.solve.evaluation_report import draw, figure_files, was_evaluation
     results = folder / "results.json"
-    try: drawn = draw(json.loads(results.read_text(encoding="utf-8")), out)
+    try:
+        summary = json.loads(results.read_text(encoding="utf-8"))
+        if out or mark_of(folder) is None and not was_evaluation(folder):
+            for file in figure_files(summary, out or folder / "plots"): check_new_file(file, overwrite)
+        drawn = draw(summary, out or folder / "plots")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise Fault(f"plot: {results} was not written by `bgrpo evaluate` ({type(e).__name__}: {e}); run that again, "
                     "it computes only what is missing") from None
@@ -476,7 +502,7 @@ def _check_trials(found, seed):
     different = {json.dumps(p): p for p in points}
     for parameters in different.values():
         flags = sweeps.words(["${args}"], found.fixed | parameters)
-        try: read_config(TrainConfig, [*flags, "--use_cpu=True"], "bgrpo train")
+        try: read_config(TrainConfig, override(flags, ["--use_cpu=True"]), "bgrpo train")
         except (Fault, ValueError) as e:
             raise Fault(f"sweep: the trial {parameters} cannot run: {' '.join(str(e).split())}") from None
 

@@ -11,6 +11,7 @@ import pytest
 from bgrpo_nb.cli import main
 from bgrpo_nb.algebra.problems import generate_problems, polynomial_key, read_problems, write_problems
 from bgrpo_nb.solve.evaluation import Report
+from bgrpo_nb.base.ownership import claim_folder, locked
 from bgrpo_nb.base.run_folder import read_metrics
 
 COMMANDS = ["demo", "generate", "sft", "filter", "train", "evaluate", "plot", "sweep", "analyze", "convert"]
@@ -65,6 +66,16 @@ HIDDEN = DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceW
     ("train --problems good.txt --resume --prompts_per_step 2", "no whole checkpoint"), ("train --problems good.txt", "lower prompts_per_step"), ("train --output_dir good.txt/run --num_problems 90", "output_dir"),
     ("sft --preset huge", "tiny, small, paper"), ("sft --problems good.txt", "lower --held_out"), ("analyze nowhere", "there is no nowhere; give a"), ("analyze .", "holds no run"), ("plot .", "no metrics.jsonl"), ("convert nowhere.pt out", "no checkpoint"),
     ("demo --output_dir .", "choose another"),
+    ("generate x --variables 7", "--variables means nothing for --kind univariate; leave it out"), ("generate x --kind multivariate --answer inner", "--answer means nothing"),
+    ("generate x --kind multivariate --descending", "--descending means nothing"), ("generate x --kind on_singlets --canonical", "--canonical means nothing"),
+    ("generate x --kind on_singlets --degrees 2_4", "the inner degree of --kind on_singlets is 2; write --degrees 2_2"),
+    ("generate x --n 10 --degrees 2_2,3_2,2x2", "--degrees names 2_2 twice, and would make the same problems; keep one"),
+    ("evaluate --model tiny --model small --problems good.txt", "evaluate: --model is given twice and the last would win silently; keep one, with all values after it"),
+    ("generate x --n 2 --n=3", "--n is given twice and the last would win silently; keep one; see"), ("demo --quick --steps 2 --quick", "--quick is given twice"),
+    ("sweep s.yaml --agents 2 --workers 3", "--agents and --workers set the same; keep one"), ("train --seed 1 --max_steps 2 --seed=1", "train: --seed is given twice"),
+    ("train --num_generations 4 --beam_width 6", "--num_generations and --beam_width set the same"), ("train --use_beam false --rollout beam", "--use_beam and --rollout set the same"),
+    ("train --max-steps 4 --max_steps 6", "--max-steps and --max_steps set the same"), ("train --config bad.yaml --config c.yaml", "--config is given twice"),
+    ("sft --degrees 2_2 --degrees 3_2", "--degrees is given twice and the last would win silently; keep one, with all values after it"),
 ])
 def test_what_cannot_be_done_is_one_line_and_status_2(line, says, place, capfd):
     "In this process, which has loaded the libraries"
@@ -73,6 +84,25 @@ def test_what_cannot_be_done_is_one_line_and_status_2(line, says, place, capfd):
         assert main(line.split()) == 2
     assert is_one_line(*(said := capfd.readouterr()), says), said
     assert not [w for w in caught if not issubclass(w.category, HIDDEN)]
+
+
+def test_flags_that_a_program_adds_do_not_repeat_those_that_were_typed(tmp_path, monkeypatch):
+    "The monitor's of a notebook, an agent's of W&B, and the check of a sweep"
+    from bgrpo_nb.recipes.flags import override
+    from bgrpo_nb.show import run_explorers
+    started = []
+    monkeypatch.setattr(run_explorers.subprocess, "Popen", lambda command, **how: started.append(command[3:]))
+    for typed, added in (("--seed 1", ["--disable_tqdm", "true"]), ("--disable-tqdm false", [])):
+        run_explorers.start_training(tmp_path / "run", typed)
+        assert started.pop() == ["--output_dir", str(tmp_path / "run"), *added, *typed.split()]
+    agent = override(["--output_dir=trial", "--known_problems=0"], ["--known-problems", "3", "--beam_width=4", "--degrees", "2_2", "3_2"])
+    assert agent == ["--output_dir=trial", "--known-problems", "3", "--beam_width=4", "--degrees", "2_2", "3_2"]
+    assert override(agent, ["--num_generations=6", "--degrees=4_2"]) == ["--output_dir=trial", "--known-problems", "3", "--num_generations=6", "--degrees=4_2"]
+    sweep = "method: grid\nmetric: {name: eval_beam_rank_score, goal: maximize}\nparameters: {use_cpu: {value: true}, seed: {values: [1, 2]}}\n"
+    (tmp_path / "s.yaml").write_text(sweep)
+    from bgrpo_nb import cli
+    from bgrpo_nb.study.sweeps import read_sweep
+    cli._check_trials(read_sweep(tmp_path / "s.yaml"), 0)
 
 
 @pytest.mark.parametrize("path", sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*/*.yaml") if p.parent.name in ("sft", "train")), ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -156,6 +186,17 @@ def test_the_demo_in_miniature(tmp_path):
     before, after = (Report.from_json(folder / f"reports/3_2_{when}.json") for when in ("before", "after"))
     assert [r.expanded for r in before.rows] == [r.expanded for r in after.rows]
     assert bgrpo("demo", "--steps", 1, "--pool", 150, "--held_out", 4, cwd=tmp_path).returncode == 0  # an earlier demo is replaced
+
+
+def test_a_demo_that_cannot_train_leaves_the_earlier_one(tmp_path, capsys):
+    claim_folder(tmp_path / "demo", "demo")
+    (tmp_path / "demo/policy").mkdir()
+    for name in ("metrics.jsonl", "policy/config.json"): (tmp_path / "demo" / name).write_text("earlier")
+    assert here("demo", "--output_dir", tmp_path / "demo", "--pool", 1, "--held_out", 2, "--steps", 1) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "bgrpo: the beam filter kept none of pool=1 problems; use a larger --pool"
+    with locked(tmp_path / "demo"): assert here("demo", "--output_dir", tmp_path / "demo", "--pool", 60, "--held_out", 2, "--steps", 1) == 2
+    assert "another process is at work" in capsys.readouterr().err
+    assert {p.read_text() for p in (tmp_path / "demo").rglob("*") if p.name in ("metrics.jsonl", "config.json")} == {"earlier"}
 
 
 def test_the_demo_measures_on_problems_that_the_policy_never_saw():

@@ -24,7 +24,7 @@ from bgrpo_nb.solve.evaluation import METRICS, Report, ProblemResult, bootstrap,
 from bgrpo_nb.solve.result_store import ResultStore, policy_fingerprint
 from bgrpo_nb.policy.model import load_model, load_tokenizer, save_model
 from bgrpo_nb.algebra.polynomial import verify
-from bgrpo_nb.solve.test_sets import PUBLISHED, evaluate_files, published_degrees, published_figures, short_names
+from bgrpo_nb.solve.test_sets import PUBLISHED, evaluate_files, policy_names, published_degrees, published_figures, short_names
 
 HAS_GIT = (Path(__file__).parent.parent / ".git").exists()
 SMALL = dict(num_beams=4, wide_beams=6, num_samples=3, curve_beams=10)
@@ -151,6 +151,13 @@ def test_plot_redraws_from_the_files_alone(results, tmp_path, capsys):
     (tmp_path / "results.json").write_bytes((out / "results.json").read_bytes())
     assert main(["plot", str(tmp_path)]) == 0 and "plots/widths.png" in capsys.readouterr().out
     assert files(tmp_path / "plots") == files(out / "plots")
+    for words in ([], ["--out", str(tmp_path / "plots")]): # a folder without a mark, and one that is named
+        (tmp_path / "plots/widths.png").write_text("mine")
+        assert main(["plot", str(tmp_path), *words]) == 2 and "replace it with --overwrite" in capsys.readouterr().err
+        assert (tmp_path / "plots/widths.png").read_text() == "mine"
+        assert main(["plot", str(tmp_path), *words, "--overwrite"]) == 0 and files(tmp_path / "plots") == files(out / "plots")
+    assert main(["plot", str(out)]) == 0, "its own figures are drawn again"
+    capsys.readouterr()
     for torn in ('{"reports": 3}', '{"repor'):
         (tmp_path / "results.json").write_text(torn)
         assert main(["plot", str(tmp_path)]) == 2
@@ -217,6 +224,24 @@ def test_only_what_is_missing_is_computed(policies, sets, tmp_path, monkeypatch)
     assert asked == [(12, 6)] or asked == [(7, 6)], "a file is known by its content"
     evaluate_files([policies["disturbed"]], [tmp_path / "renamed.txt"], tmp_path, curve_problems=3, **few)
     assert asked[1:] == [(12, 1), (12, 4), (12, 6), (3, 10)], "another policy is measured"
+
+
+def test_a_report_is_replaced_by_the_same_evaluation_alone(policies, sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    def status(problems="2_2", limit="2", flags=FLAGS, more=()):
+        return main(["evaluate", "--problems", str(sets / f"{problems}.txt"), "--limit", limit, *flags, "--out", "r.json", *more])
+    assert status() == 0
+    report = Path("r.json").read_bytes()
+    assert status() == 0 and json.loads(Path("r.json").read_bytes())["rows"] == json.loads(report)["rows"], "it continues"
+    report = Path("r.json").read_bytes()
+    for other in (dict(problems="mixed"), dict(limit="3"), dict(flags=FLAGS[:-2]), dict(flags=[*FLAGS[:-1], "0"]), dict(more=["--seed", "1"]),
+                  dict(more=["--model", policies["disturbed"]]), dict(more=["--domain", "ZZ"]), dict(more=["--allow_trivial"])):
+        assert status(**other) == 2 and "r.json exists; choose another name" in capsys.readouterr().err, other
+        assert Path("r.json").read_bytes() == report
+    for mine in ("mine", "[]", '{"rows": [], "settings": {}, "model": {}}'):
+        Path("r.json").write_text(mine)
+        assert status() == 2 and Path("r.json").read_text() == mine, "beside the folder of an evaluation"
+    assert status(more=["--overwrite"]) == 0 and Path("r.json").stat().st_size > 100
 
 
 def test_two_evaluations_do_not_write_one_file(tmp_path):
@@ -326,7 +351,29 @@ def test_the_authors_sets_are_known_by_content(shared, degrees):
 
 def test_names_tell_paths_apart():
     assert list(short_names(["runs/a/policy", "runs/b/policy", "tiny"])) == ["a/policy", "b/policy", "tiny"]
-    assert list(short_names(["x/2_2.txt", "y/2_2.txt", "x/2_2.txt"])) == ["x/2_2", "y/2_2"]
+    with pytest.warns(UserWarning, match="x/2_2.txt is named again"):
+        assert list(short_names(["x/2_2.txt", "y/2_2.txt", "x/2_2.txt"])) == ["x/2_2", "y/2_2"]
+    assert list(short_names(["2_2", "2_2.txt"])) == ["2_2", "2_2.txt"] and list(short_names(["/2_2.txt", "a/policy"])) == ["2_2", "a/policy"]
+    assert list(policy_names(["tiny", "./tiny"])) == ["assets/tiny", f"{Path.cwd().name}/tiny"] and short_names([]) == {}
+
+
+def test_what_two_paths_lead_to_is_measured_once_and_nothing_is_written_outside(policies, sets, tmp_path, monkeypatch, capsys):
+    "A link beside its file, a file named twice, a file without `.txt`, a link to a policy; and the user's own files"
+    (tmp_path / "data").mkdir()
+    for name in ("data/q.txt", "qq", "qq.txt"): (tmp_path / name).write_bytes((sets / "2_2.txt").read_bytes())
+    (tmp_path / "data/latest.txt").symlink_to("q.txt")
+    (tmp_path / "policy_link").symlink_to(policies["disturbed"])
+    for name in ("data/q.json", "qq.json"): (tmp_path / name).write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    before, of_policy = files(tmp_path), files(Path(policies["disturbed"]))
+    words = ["--problems", "data", "qq", "qq.txt", "--model", policies["disturbed"], "policy_link", "--limit", "2", *FLAGS]
+    with pytest.warns(UserWarning, match="it is measured once") as said: assert main(["evaluate", *words, "--out", "ev"]) == 0
+    assert {str(w.message) for w in said} >= {"data/latest.txt is named again as data/q.txt; it is measured once",
+                                             f"{policies['disturbed']} is named again as policy_link; it is measured once"}
+    assert sorted(p.name for p in (tmp_path / "ev/reports/disturbed").iterdir()) == ["q.txt.json", "qq.json", "qq.txt.json"]
+    assert {name: content for name, content in files(tmp_path).items() if not name.startswith("ev/")} == before
+    assert files(Path(policies["disturbed"])) == of_policy
+    with pytest.warns(UserWarning): assert main(["evaluate", "--problems", "data", "--limit", "2", *FLAGS, "--out", "r.json"]) == 0
 
 
 x, y = sympy.symbols("x y")

@@ -138,6 +138,33 @@ def test_a_file_is_replaced_only_where_that_was_asked_for(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.txt", "p.txt"]
 
 
+def test_a_figure_has_the_name_that_was_given_and_replaces_nothing_unasked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_text("run/metrics.jsonl", '{"step": 1, "eval_beam_rank_score": 1.0}\n')
+    for mine in ("fig.png", "adir.png", "adir/notes.txt", "taken.pdf"): write_text(mine, "mine")
+    before = snapshot(tmp_path)
+    for out, says in (("adir", "adir is a folder, where a file is needed"), ("new/", "new/ is a folder"), ("fig.png", "fig.png exists"), ("taken.pdf", "--overwrite")):
+        status, err = said(capsys, "plot", "run", "--out", out)
+        assert status == 2 and len(err.splitlines()) == 1 and says in err, err
+    assert snapshot(tmp_path) == before
+    for out, begins in (("fig", b"\x89PNG"), ("fig.svg", b"<?xml"), ("deep/er/fig.pdf", b"%PDF")):
+        assert said(capsys, "plot", "run", "--out", out)[0] == 0
+        assert Path(out).read_bytes().startswith(begins), "what was named, in the format of its suffix"
+    assert snapshot(tmp_path).items() >= before.items()
+    assert said(capsys, "plot", "run", "--out", "taken.pdf", "--overwrite")[0] == 0 and Path("taken.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("line", ["generate adir", "filter --problems p.txt --out adir", "filter --problems p.txt --out new/", "evaluate --problems p.txt --out r.json"])
+def test_a_folder_where_a_file_is_needed_is_found_before_the_work(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("adir", "r.json"): Path(folder).mkdir()
+    write_problems("p.txt", generate_problems(5, 2, 2, seed=1))
+    monkeypatch.setattr("bgrpo_nb.policy.model.load_model", None)    # no work is begun
+    status, err = said(capsys, *line.split())
+    assert status == 2 and len(err.splitlines()) == 1 and "is a folder, where a file is needed; name a file in it" in err, err
+    with pytest.raises(IsADirectoryError, match="name a file in it"): write_text("adir", "x")
+
+
 def test_devices_and_pipes_are_written_to(tmp_path):
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)

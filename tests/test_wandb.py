@@ -10,6 +10,7 @@ import pytest
 from bgrpo_nb.recipes import wandb_logging
 from bgrpo_nb.algebra.problems import generate_problems, write_problems
 from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
+from bgrpo_nb.recipes.flags import override
 from bgrpo_nb.recipes.sft import SupervisedConfig
 from bgrpo_nb.recipes.train import TrainConfig
 
@@ -31,7 +32,7 @@ def train(policy, *words, **environment):
     "`bgrpo train` of a user who has set up nothing, with an empty home folder"
     plain = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     home = dict(HOME=str(policy.parent), OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "bgrpo_nb", "train", "--model", policy, *(f"--{k}={v}" for k, v in FLAGS.items()), *words]
+    command = [sys.executable, "-m", "bgrpo_nb", "train", "--model", policy, *override([f"--{k}={v}" for k, v in FLAGS.items()], list(words))]
     done = subprocess.run(command, cwd=policy.parent, env=plain | home | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done

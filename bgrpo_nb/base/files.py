@@ -20,6 +20,12 @@ def is_replaceable(path):
     return Path(path).is_file() or not Path(path).exists()
 
 
+def refuse_folder(path):
+    "IsADirectoryError for a folder, also for one to be, whose name ends with a slash"
+    if Path(path).is_dir() or str(path).endswith("/"):
+        raise IsADirectoryError(f"{path} is a folder, where a file is needed; name a file in it")
+
+
 def _beside(path):
     "A name in the same folder that nothing has, with the same suffix"
     return path.with_name(f"{PART}{secrets.token_hex(8)}{path.suffix}")
@@ -35,6 +41,7 @@ def target_of(path):
 @contextmanager
 def replacing(path):
     "A path to write to; what is there when the block ends without an error takes the place of the file `path`"
+    refuse_folder(path)
     if not is_replaceable(path):
         yield Path(path)
         return

@@ -9,7 +9,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from bgrpo_nb.base.files import PART, is_replaceable, target_of
+from bgrpo_nb.base.files import PART, is_replaceable, refuse_folder, target_of
 
 MARK = ".bgrpo_nb.json"
 HARMLESS = {MARK, ".DS_Store", "lost+found", ".ipynb_checkpoints"}    # nothing of anybody's is in these
@@ -86,7 +86,8 @@ def _check_place(path):
 def check_new_file(path, overwrite=False):
     """FileExistsError if a file is there and may not be replaced, OSError if none can be written there.
 
-    What is written to devices and pipes replaces nothing."""
+    A folder is no place for a file. What is written to devices and pipes replaces nothing."""
+    refuse_folder(path)
     if not is_replaceable(path): return
     _check_place(target_of(path))
     if overwrite or not os.path.exists(path): return

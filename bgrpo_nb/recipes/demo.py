@@ -25,7 +25,7 @@ import torch
 
 # %% ../../nbs/13a_demo.ipynb #540dcf63
 from ..algebra.problems import generate_problems
-from ..base.ownership import claim_folder, contents
+from ..base.ownership import claim_folder, contents, locked
 from ..policy.model import load_model, load_tokenizer
 from .train import TrainConfig, train_bgrpo
 from ..solve.beam_filter import filter_by_beams
@@ -54,7 +54,7 @@ def run_demo(folder: Path,       # the run folder; an earlier demo in it is repl
              seed: int = 0,      # of the problems and the training
              ) -> bool:          # whether Ctrl-C stopped it
     "Filter, train, measure before and after; prints as it proceeds"
-    _make_way(Path(folder))
+    _claim(Path(folder))
     torch.set_num_threads(1) # a second thread gains little for so small a policy
     model, tokenizer = load_model("tiny", device="cpu"), load_tokenizer("tiny")
     first = 10_000 + seed    # the policy was trained on seeds 0 and 1
@@ -68,7 +68,10 @@ def run_demo(folder: Path,       # the run folder; an earlier demo in it is repl
     old_before = evaluate(model, tokenizer, old, progress=True)
     found = filter_by_beams(model, tokenizer, candidates, progress="beam filter")
     print(found, flush=True)
-    result = train_bgrpo(_config(folder, steps, seed, len(found.kept)), found.kept, new)
+    if not found.kept: raise ValueError(f"the beam filter kept none of pool={pool} problems; use a larger --pool")
+    config = _config(folder, steps, seed, len(found.kept))
+    _make_way(Path(folder)) # the last moment: until here everything could fail
+    result = train_bgrpo(config, found.kept, new)
     if result["stopped"]:
         print(f"stopped after step {result['step']}; start again with: bgrpo demo")
         return True
@@ -91,10 +94,16 @@ def _config(folder, steps, seed, problems) -> TrainConfig:
 # %% ../../nbs/13a_demo.ipynb #16497dcc
 _WRITTEN = {"README.md", "changes.jsonl", "config.yaml", "metrics.jsonl", "plots", "policy", "reports", "result.json"}
 
-def _make_way(folder: Path):
-    "Claim the folder and remove an earlier demo; FileExistsError where it holds something else"
+def _claim(folder: Path):
+    "Mark the folder as a demo's; FileExistsError where it holds something else"
     claim_folder(folder, "demo")
-    names = contents(folder)
-    others = [name for name in names if name not in _WRITTEN and not name.startswith(("checkpoint-", "damaged-"))]
+    others = [name for name in contents(folder) if not _is_ours(name)]
     if others: raise FileExistsError(f"{folder} holds {others[0]} besides a demo; choose another --output_dir")
-    for name in names: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+def _is_ours(name): return name in _WRITTEN or name.startswith(("checkpoint-", "damaged-"))
+
+def _make_way(folder: Path):
+    "Remove an earlier demo; BlockingIOError while it still runs"
+    with locked(folder):
+        for path in [folder / name for name in contents(folder) if _is_ours(name)]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

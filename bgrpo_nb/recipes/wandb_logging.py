@@ -15,6 +15,7 @@ from transformers.integrations import WandbCallback
 from bgrpo_nb.base.extras import need
 from bgrpo_nb.base.files import first_line
 from bgrpo_nb.base.network import report_nothing, wandb_mode
+from bgrpo_nb.recipes.flags import override
 
 SECONDS_TO_START, SECONDS_TO_END = 30, 60    # without an answer of the server
 
@@ -86,7 +87,8 @@ def agent_flags(argv, first=()): # flags as given at the terminal, and those tha
     if not sweep or int(os.environ.get("WORLD_SIZE", 1)) > 1: return argv
     run = start_wandb()
     chosen = [f"--{name}={value}" for name, value in run.config.items()]
-    return [f"--output_dir=runs/sweeps/{sweep}/trials/{run.id}", *first, *argv, *chosen]
+    below = [f"--output_dir=runs/sweeps/{sweep}/trials/{run.id}", *first]
+    return override(override(below, argv), chosen)
 
 
 class Guarded(TrainerCallback):

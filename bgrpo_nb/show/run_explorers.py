@@ -131,9 +131,10 @@ def start_training(folder, flags: str | Sequence[str] = "", # of `bgrpo train`, 
     if folder == Path(): raise ValueError("the run has no folder; name one, for instance runs/mine")
     claim_folder(folder, *RUNS, was_ours=is_run)
     stopped = bool(checkpoints(folder)) and not (folder / "result.json").exists()
-    asked = any(word.startswith("--resume") for word in words)
-    resume = ["--resume"] if stopped and not asked else []
-    command = [sys.executable, "-c", _TRAIN, "--output_dir", str(folder), "--disable_tqdm", "true", *resume, *words]
+    def asked(flag): return any(word.replace("-", "_").startswith(flag.replace("-", "_")) for word in words)
+    quiet = [] if asked("--disable_tqdm") else ["--disable_tqdm", "true"]
+    resume = ["--resume"] if stopped and not asked("--resume") else []
+    command = [sys.executable, "-c", _TRAIN, "--output_dir", str(folder), *quiet, *resume, *words]
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                 start_new_session=True) # so an interrupt of the kernel does not reach the run

@@ -1,6 +1,7 @@
 """The figures of an evaluation and of a training run, drawn from plain numbers in the package's one style."""
 from pathlib import Path
 
+from bgrpo_nb.base.files import replacing
 from bgrpo_nb.base.plotting import use_style
 
 WORDS = { # a verdict's reason, in words
@@ -16,11 +17,11 @@ HISTORY_PANELS = [ # title, {metric: label of its line}
 
 
 def _finish(plt, fig, path):
-    "The figure itself, or the file it was written to"
+    "The figure itself, or the file it was written to, under exactly that name"
     if path is None: return fig
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path)
+    form = path.suffix[1:] or "png"    # left out, matplotlib would append it to the name
+    with replacing(path) as part: fig.savefig(part, format=form)
     plt.close(fig)
     return path
 

@@ -19,6 +19,12 @@ def save(summary, folder):
     draw(summary, folder / "plots")
 
 
+def was_evaluation(folder):
+    "Whether an earlier version, which wrote no mark, made this folder"
+    names = {path.name for path in Path(folder).iterdir()}
+    return "store" in names and names <= {"store", "plots", "reports", "results.json", "results.csv", "results.md"}
+
+
 def as_csv(table) -> str: # rows with the same keys
     "Comma-separated values with a line of names"
     out = io.StringIO()
@@ -147,16 +153,24 @@ def _unique(values): return list(dict.fromkeys(values))
 def draw(summary, folder) -> list[Path]: # the files that were drawn
     "The figures, from the summary alone; none where matplotlib is missing"
     if not can_draw(): return []
-    folder, reports = Path(folder), summary["reports"]
+    return [plot(panels, Path(folder) / name) for name, (plot, panels) in _figures(summary).items()]
+
+
+def figure_files(summary, folder) -> list[Path]:
+    "The files that `draw` writes"
+    return [Path(folder) / name for name in _figures(summary)]
+
+
+def _figures(summary): # name of the file -> its function, and what that draws
+    reports = summary["reports"]
     files = _unique(report["file"] for report in reports)
     by_file = {file: [report for report in reports if report["file"] == file] for file in files}
-    drawn = []
-    if degrees := _degree_panels(summary): drawn.append(plot_degrees(degrees, folder / "degrees.png"))
-    drawn.append(plot_widths(_width_panels(by_file), folder / "widths.png"))
-    drawn.append(plot_places(_place_panels(by_file, summary["settings"]["num_beams"]), folder / "places.png"))
+    places = _place_panels(by_file, summary["settings"]["num_beams"])
     reasons = {f"{report['model']}, {report['file']}": report["reasons"] for report in reports}
-    drawn.append(plot_reasons(reasons, folder / "reasons.png"))
-    return drawn
+    degrees = _degree_panels(summary)
+    known = {"degrees.png": (plot_degrees, degrees)} if degrees else {}
+    return known | {"widths.png": (plot_widths, _width_panels(by_file)), "places.png": (plot_places, places),
+                    "reasons.png": (plot_reasons, reasons)}
 
 
 def _width_panels(by_file):

@@ -8,7 +8,7 @@ which `tiny` learned, and degree 3∘2.
 ## Paths and names
 
 Test sets are files or folders of `.txt` files. Policies and files are called by the shortest ends of their paths
-that tell them apart.
+that tell them apart. What several paths lead to is measured once, and a warning says so.
 
 ## The authors' figures
 
@@ -45,13 +45,14 @@ the reward of a decomposition)."""
 
 # %% auto #0
 __all__ = ['GREEDY', 'TEN_BEAMS', 'RELEASED', 'AFTER_BGRPO', 'SOLVED_OF_300', 'PUBLISHED', 'DEGREES_OF_HASH',
-           'test_sets', 'short_names', 'PublishedFigure', 'published_degrees', 'published_figures', 'Results',
-           'evaluate_files']
+           'test_sets', 'short_names', 'policy_names', 'PublishedFigure', 'published_degrees', 'published_figures',
+           'Results', 'evaluate_files', 'is_report_of']
 
 # %% ../../nbs/07a_test_sets.ipynb #d7a00004
 import hashlib
+import warnings
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -63,10 +64,11 @@ from .. import __version__
 from ..algebra.problems import read_problems
 from ..base.ownership import claim_folder
 from ..base.run_folder import provenance
+from ..policy.loading import find_policy
 from ..policy.model import load_model, load_tokenizer
 from .beam_filter import in_batches
 from .evaluation import METRICS, Report, compare, evaluate, name_of, wilson
-from .evaluation_report import as_markdown, save
+from .evaluation_report import as_markdown, save, was_evaluation
 from .result_store import ResultStore, describe_file, policy_fingerprint
 
 # %% ../../nbs/07a_test_sets.ipynb #d7a00013
@@ -79,21 +81,34 @@ def test_sets(paths: Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"the folder {path} holds no .txt file of problems; "
                                     f"`bgrpo generate {path / '2_2.txt'}` makes one")
         found += files
-    return list(dict.fromkeys(found))
+    return list(map(Path, _places(found).values()))
 
-def short_names(paths: Sequence) -> dict[str, object]: # name -> path
-    "The shortest ends of paths that tell them apart"
-    paths = list(dict.fromkeys(map(str, paths)))
-    for depth in range(1, 21):
-        names = [_end_of(path, depth) for path in paths]
-        if len(set(names)) == len(paths): break
-    return dict(zip(names, paths))
+def short_names(paths: Sequence, find=Path) -> dict[str, str]: # name -> path; `find` says where a path leads
+    "The shortest ends of paths that tell them apart; of several paths to one place the first counts"
+    places = _places(paths, find)
+    deepest = max((len(place.parts) for place in places), default=1)
+    for depth, ending in product(range(1, deepest + 1), (".txt", "")):
+        names = [_end_of(place, depth).removesuffix(ending) for place in places]
+        if len(set(names)) == len(names): break
+    return dict(zip(names, places.values()))
 
-def _end_of(path: str, depth: int) -> str: # `policy`, the folder's name in every run, does not count
-    "The last `depth` parts of a path, without `.txt`"
-    path = Path(path).resolve()
-    if path.name == "policy": depth += 1
-    return "/".join(path.parts[-depth:]).removesuffix(".txt")
+def policy_names(models: Sequence[str]) -> dict[str, str]: # name -> path
+    "`short_names` of policies: a bundled one is in another place than a folder of its name"
+    return short_names(models, lambda path: find_policy(path) or path)
+
+def _places(paths: Sequence, find=Path) -> dict[Path, str]: # place, links followed -> path
+    "Each place once, with the first path that leads there; a warning names the others"
+    found = {}
+    for path in map(str, paths):
+        place = Path(find(path)).resolve()
+        if place in found: warnings.warn(f"{found[place]} is named again as {path}; it is measured once")
+        else: found[place] = path
+    return found
+
+def _end_of(place: Path, depth: int) -> str: # `policy`, the folder's name in every run, does not count
+    "The last `depth` parts of a path, of which the root is none"
+    if place.name == "policy": depth += 1
+    return "/".join(place.parts[1:][-depth:])
 
 # %% ../../nbs/07a_test_sets.ipynb #d7a00018
 GREEDY, TEN_BEAMS = "greedy_accuracy", "beam_accuracy"
@@ -229,9 +244,9 @@ def evaluate_files(models: Sequence[str],   # bundled policies' names or folders
     files = {name: (path, read_problems(path, limit)) for name, path in short_names(test_sets(problems)).items()}
     if not without_answers: _require_answers(files)
     policies = {name: (load_model(path, device="cpu"), load_tokenizer(path))
-                for name, path in short_names(models).items()}
+                for name, path in policy_names(models).items()}
     _require_vocabulary(policies, files)
-    claim_folder(out, "evaluation", flag="--out", was_ours=_is_evaluation)
+    claim_folder(out, "evaluation", flag="--out", was_ours=was_evaluation)
     out, device = Path(out), "cuda" if torch.cuda.is_available() else "cpu"
     results = Results({}, provenance(settings.get("seed", 0)))
     number, pairs = count(1), len(policies) * len(files)
@@ -251,9 +266,19 @@ def evaluate_files(models: Sequence[str],   # bundled policies' names or folders
     save(results.summary(), out)
     return results
 
-def _is_evaluation(folder) -> bool: # of an earlier version, which wrote no mark
-    names = {path.name for path in Path(folder).iterdir()}
-    return "store" in names and names <= {"store", "plots", "reports", "results.json", "results.csv", "results.md"}
+_UNRECORDED = {"batch_size", "curve_problems"} # what a report does not say
+
+def is_report_of(path, model: str, problems: str, limit: int | None = None, **settings) -> bool:
+    "Whether a file is the report of this policy on these problems with these settings"
+    try:
+        report = Report.from_json(path)
+        policy, data = report.about["model"]["fingerprint"], report.about["data"]
+        there = report.settings, data["sha256"], data["n"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return False
+    asked = {name: value for name, value in settings.items() if name not in _UNRECORDED and value is not None}
+    data = describe_file(problems, len(read_problems(problems, limit)))
+    if there != (asked, data["sha256"], data["n"]): return False
+    return policy == policy_fingerprint(load_model(model, device="cpu"), load_tokenizer(model))
 
 def _require_answers(files):
     for path, found in files.values():
