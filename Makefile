@@ -62,7 +62,7 @@ export: $(READY)
 # Every notebook runs and keeps its new outputs: after a change of defaults, of a message, of a bundled policy
 outputs: export OMP_NUM_THREADS := 1
 outputs: $(READY)
-	@CUDA_VISIBLE_DEVICES= JUPYTER_PREFER_ENV_PATH=1 $(BIN)/python nbs/_build/outputs.py
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python nbs/_build/outputs.py
 	@$(BIN)/python nbs/_build/sync.py
 
 # Searches, gradients and steps against their rivals, on the GPU if there is one; `make bench ARGS=--quick` in 90 seconds
