@@ -846,3 +846,11 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_other(policy, tmp_pa
     assert (folder / "policy/model.safetensors").read_bytes() == whole
     assert json.loads((folder / "result.json").read_text())["step"] == 2
     assert (folder / "metrics.jsonl").read_text().count('"loss"') == 2
+
+
+@pytest.mark.parametrize("command, config_class, other", [("train", TrainConfig, "sft"), ("sft", SupervisedConfig, "train")])
+def test_a_run_of_another_command_is_named_before_its_settings_are_read(tmp_path, command, config_class, other):
+    own = dict(sft="vocabulary: compact", train="rollout: beam")[other]
+    (tmp_path / "config.yaml").write_text(own + "\ndegrees: [2_2]\n")
+    with pytest.raises((ValueError, Fault), match=f"holds a run of bgrpo {other}; resume it with that command"):
+        read_config(config_class, ["--output_dir", str(tmp_path), "--resume"], f"bgrpo {command}")
