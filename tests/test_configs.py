@@ -28,6 +28,7 @@ def smaller(line):
     line = line.replace("_4_4.txt", ".txt")
     line = re.sub(r"--n \d+", "--n 45", line)
     line = re.sub("[34]_[24]", "3_2", line)
+    line = re.sub(r"(?<=--degrees )\S+", lambda found: ",".join(dict.fromkeys(found[0].split(","))), line) # each once
     return re.sub(r"--num_beams \d+", "", line)
 
 

@@ -132,7 +132,8 @@ def _check_ends(model, ends: list[int], pad_token_id):
 def _check(model, input_ids, attention_mask, width, max_new_tokens, eos_token_id, pad_token_id, constraint): # mask; C
     "A clear error now instead of a strange one later"
     _check_family(model)
-    _check_ends(model, _list_of(eos_token_id), pad_token_id)
+    ends = _list_of(eos_token_id) if constraint is None else []      # a constraint checks its own
+    _check_ends(model, ends, pad_token_id)
     attention_mask = _check_prompts(input_ids, attention_mask)
     if width < 1: raise ValueError(f"a width of {width} finds nothing; use 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens={max_new_tokens} writes nothing; use 1 or more")
