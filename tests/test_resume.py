@@ -270,7 +270,8 @@ def test_a_disk_that_fills_leaves_the_last_checkpoint_whole(policy, tmp_path):
            "    except OSError: pass\n" \
            "threading.Thread(target=fill, daemon=True).start()\n" \
            "from bgrpo_nb.cli import main\nsys.exit(main(sys.argv[1:]))"
-    done = on_a_small_disk([sys.executable, "-c", fill, *words[2:], "--max_steps=50"], tmp_path, "3m")
+    longer = command(policy, "disk/run", max_steps=50, held_out=0, save_steps=1)
+    done = on_a_small_disk([sys.executable, "-c", fill, *longer[2:]], tmp_path, "3m")
     assert done.returncode == 2, done.stdout + done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("bgrpo:")]
     assert len(said) == 1 and "cannot be written" in said[0] and "--resume" in said[0], done.stderr[-2000:]

@@ -287,7 +287,7 @@ def batches_of(blocks, pad, workers): return list(in_order(Batches(blocks, parti
 @pytest.mark.parametrize("source", ["generated", "file", "several variables"])
 def test_samples_are_the_same_for_every_number_of_workers(config, tmp_path, source):
     tokenizer, more = load_tokenizer("compact_multi"), dict(degrees=["2_2", "3_2"], coefficient_bound=20)
-    if source == "file": more |= dict(problems=str(write_problems(tmp_path / "p.txt", generate_problems(150, 2, 2))))
+    if source == "file": more = dict(problems=str(write_problems(tmp_path / "p.txt", generate_problems(150, 2, 2))))
     if source == "several variables": more |= dict(kind="multivariate", degrees=["2_2"])
     blocks, _ = make_samples(config(max_steps=100, per_device_train_batch_size=4, **more), tokenizer)
     one, *others = (batches_of(blocks, tokenizer.pad_token_id, workers) for workers in (0, 1, 2, 8))

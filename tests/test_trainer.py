@@ -449,8 +449,9 @@ def test_another_family_trains_by_beams(family, tmp_path):
 
 @pytest.mark.parametrize("kind,degrees", [("multivariate", "2_2"), ("on_singlets", "2_2")])
 def test_tasks_of_many_variables_by_the_same_commands(tmp_path, kind, degrees):
+    more = dict(variables=2) if kind == "multivariate" else {}
     policy = save_model(new_model("tiny", vocabulary="multi", **SMALL), load_tokenizer("multi"), tmp_path / "policy")
-    assert main(["train", *(f"--{k}={v}" for k, v in dict(model=policy, output_dir=tmp_path / "run", kind=kind, degrees=degrees, variables=2, coefficient_bound=5, num_problems=24, held_out=4,
+    assert main(["train", *(f"--{k}={v}" for k, v in dict(model=policy, output_dir=tmp_path / "run", kind=kind, degrees=degrees, **more, coefficient_bound=5, num_problems=24, held_out=4,
                  prompts_per_step=4, num_generations=4, max_steps=1, num_beams=4, wide_beams=4, num_samples=2, max_completion_length=8, report_to="none", use_cpu="true").items())]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["last"]["step"] == 1 and f"kind={kind}" in result["data"]["name"]
