@@ -573,6 +573,16 @@ def test_the_bonus_is_what_the_setting_says_whatever_the_weight(policy, tmp_path
     assert halved == pytest.approx([x / 2 for x in plain])
 
 
+def test_no_bonus_goes_to_a_row_that_no_function_with_a_weight_has_paid(policy, tmp_path):
+    "Its verdict says that it is right; the function that counts gave None"
+    def named(completion_ids, log_extra, **columns):
+        log_extra("reason", ["ok"] * len(completion_ids))
+        return [1.0] * len(completion_ids)
+    def sometimes(completion_ids, **columns): return [float(ids[0]) if k % 2 else None for k, ids in enumerate(completion_ids)]
+    found, _ = rewards_of_one_step(policy, tmp_path, [named, sometimes], dict(distinct_bonus=0.5, reward_weights=[0.0, 1.0]))
+    assert found["rewards/named/mean"] == 1.0 and found["reward"] < 1e3
+
+
 def test_an_evaluator_that_is_never_called_is_named_and_what_it_returns_is_checked(policy, tmp_path):
     with pytest.warns(UserWarning, match="evaluator is not called.*eval_strategy='steps'"):
         trainer = trainer_of("ours", policy, tmp_path, {}, evaluator=lambda model, tokenizer: None)

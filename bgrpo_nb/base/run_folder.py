@@ -68,7 +68,7 @@ def describe_lines(name, lines):
     return dict(name=name, n=len(lines), sha256=hashlib.sha256("\n".join(lines).encode()).hexdigest())
 
 
-def describe_file(path):
+def describe_text(path):
     "`describe_lines` of a text file; empty lines, and how a line ends, do not count"
     if not Path(path).is_file(): raise FileNotFoundError(f"there is no file {path}; `bgrpo generate` makes one")
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
@@ -79,7 +79,7 @@ def describe_file(path):
 
 DERIVED = {"generation_batch_size"}  # not written to config.yaml: TRL refuses it together with what it follows from
 HISTORY = "changes.jsonl"            # what was changed when a run was resumed
-INPUTS = "inputs.json"               # the content of the files that a run reads: setting -> `describe_file`
+INPUTS = "inputs.json"               # the content of the files that a run reads: setting -> `describe_text`
 
 # What may change when a run is resumed: where it runs, what it reports, how long it is, and when it validates and saves
 MAY_CHANGE = frozenset("""
@@ -146,8 +146,8 @@ def read_run_config(folder):
 
 
 def check_files(folder, config, files, resume): # files: names of settings that name a file
-    "What the files hold, setting -> `describe_file`; ValueError where it is not what the resumed run was begun with"
-    found = {name: describe_file(config[name]) for name in files if config.get(name)}
+    "What the files hold, setting -> `describe_text`; ValueError where it is not what the resumed run was begun with"
+    found = {name: describe_text(config[name]) for name in files if config.get(name)}
     recorded = _read_inputs(folder) if resume else {}
     for name, now in found.items():
         was = recorded.get(name, now)    # a run of an earlier version has no record

@@ -176,7 +176,7 @@ def check_tokenizer(model, processing_class):
     tokenizer = getattr(processing_class, "tokenizer", processing_class)     # of a processor
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token, so no completion could end; set tokenizer.eos_token")
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.config.get_text_config().vocab_size
     resize = "call model.resize_token_embeddings(len(tokenizer))"
     for name in ("eos_token", "pad_token"):
         index = getattr(tokenizer, f"{name}_id")

@@ -229,9 +229,10 @@ def _calculate_rewards(self: GroupRewardsTrainer, inputs, prompts, completions, 
     if ranked: self._log_completion_extra("beam_rank", [row["beam_rank"] for row in inputs])
     if args.credit_once: rewards[_repeats(groups)] = torch.nan
     if args.distinct_bonus:
-        earned = torch.tensor(_bonus(groups), device=rewards.device)
         weights = self.reward_weights.to(rewards.device)
-        column = (~rewards.isnan() & (weights != 0)).int().argmax(1)      # of a function that has paid, and counts
+        counts = ~rewards.isnan() & (weights != 0)                        # functions that have paid, with a weight
+        earned = torch.tensor(_bonus(groups), device=rewards.device) & counts.any(1)
+        column = counts.int().argmax(1)
         rewards[earned, column[earned]] += args.distinct_bonus / weights[column[earned]]
     if args.balance_rewards: rewards = _by_group(rewards, G, balance_rewards)
     if args.baseline in OWN_ADVANTAGES:

@@ -53,9 +53,8 @@ from ..base.processes import end, follow, shares, start, tie_to_parent
 from ..base.signals import handled
 from .run_readers import STOPPED
 from .sweeps import Sweep, SweepError, axis, draw, plan, read_sweep, size, words
-from bgrpo_nb.study.trials import (
-    alone, check_folder, check_study, last_line, open_storage, open_study, return_lost, work, write_record,
-)
+from .trials import (
+    alone, check_folder, check_study, last_line, open_storage, open_study, return_lost, work, write_record)
 
 # %% ../../nbs/10b_launcher.ipynb #dc70c82a
 def describe(sweep: Sweep, points: list) -> list[str]:
