@@ -192,12 +192,16 @@ d = {
     ('data.html#_check_settings', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._collect':
     ('data.html#_collect', 'bgrpo_nb/algebra/problems.py'),
+   'bgrpo_nb.algebra.problems._compose_large':
+    ('data.html#_compose_large', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._dot_product':
     ('data.html#_dot_product', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._draw':
     ('data.html#_draw', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._falling':
     ('data.html#_falling', 'bgrpo_nb/algebra/problems.py'),
+   'bgrpo_nb.algebra.problems._fits_int64':
+    ('data.html#_fits_int64', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._key_of':
     ('data.html#_key_of', 'bgrpo_nb/algebra/problems.py'),
    'bgrpo_nb.algebra.problems._largest_number':
@@ -1024,6 +1028,8 @@ d = {
     ('loading.html#check_finite', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading.choose_attention':
     ('loading.html#choose_attention', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading.describe_policy':
+    ('loading.html#describe_policy', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading.find_policy':
     ('loading.html#find_policy', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading.known_to':
@@ -1258,6 +1264,8 @@ d = {
     ('sft.html#_trainer.train', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._Trainer.training_step':
     ('sft.html#_trainer.training_step', 'bgrpo_nb/recipes/sft.py'),
+   'bgrpo_nb.recipes.sft._inputs':
+    ('sft.html#_inputs', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._make_trainer':
     ('sft.html#_make_trainer', 'bgrpo_nb/recipes/sft.py'),
    'bgrpo_nb.recipes.sft._orthonormal':
@@ -1310,6 +1318,8 @@ d = {
     ('train.html#_generated', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._generates':
     ('train.html#_generates', 'bgrpo_nb/recipes/train.py'),
+   'bgrpo_nb.recipes.train._inputs':
+    ('train.html#_inputs', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._known':
     ('train.html#_known', 'bgrpo_nb/recipes/train.py'),
    'bgrpo_nb.recipes.train._make_trainer':

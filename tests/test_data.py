@@ -94,7 +94,7 @@ def test_every_answer_is_right_and_none_trivial(kind):
         assert len(inners) > 1 or degree(outer) * degree(inners[0]) == whole
 
 
-@pytest.mark.parametrize("degrees", [(2, 2), (3, 4), (7, 2), (2, 9), (6, 6)])
+@pytest.mark.parametrize("degrees", [(2, 2), (3, 4), (7, 2), (2, 9), (6, 6), (12, 10)])
 def test_any_degrees(degrees):
     made = generate_problems(40, *degrees, seed=1, answer="both", canonical=True)
     for p in made:

@@ -6,6 +6,7 @@ import torch
 import transformers as T
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.generation import configuration_utils
 from trl import GRPOConfig, GRPOTrainer
 
 from bgrpo_nb.learn.config import BGRPOConfig
@@ -221,6 +222,15 @@ def test_every_name_of_generate_is_obeyed_or_refused():
         assert list(faults_of(wrong, samples=True)), wrong
     tried = {name for settings in FOR_ALL + FOR_SAMPLES for name in settings}
     assert {*EVERY_SEARCH, *ONLY_SAMPLES} - tried == {"stop_strings", "max_time", "max_new_tokens", "cache_implementation"}
+
+
+@pytest.mark.parametrize("settings", FOR_SAMPLES, ids=lambda s: "-".join(s))
+def test_transformers_does_not_call_an_obeyed_setting_ignored(settings, monkeypatch):
+    "It takes settings of samples for ignored while nothing is drawn, and says so once in the life of a process"
+    said = []
+    monkeypatch.setattr(configuration_utils.logger, "warning_once", said.append)
+    search_arguments(settings, PROMPTS, MASK, 2, 4, None, samples=True)
+    assert said == []
 
 
 def test_lengths_times_and_caches():

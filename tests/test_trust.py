@@ -3,6 +3,7 @@ are read as they were meant, signals and W&B end nothing that they should not.""
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from bgrpo_nb.learn.config import BGRPOConfig
 from bgrpo_nb.recipes.callbacks import StopCleanly
 from bgrpo_nb.recipes.flags import Fault, read_config
 from bgrpo_nb.recipes.sft import SupervisedConfig, train_policy
-from bgrpo_nb.recipes.train import TrainConfig
+from bgrpo_nb.recipes.train import TrainConfig, train_bgrpo
 from bgrpo_nb.recipes.wandb_logging import Guarded, at_wandb
 from bgrpo_nb.policy.model import load_tokenizer, new_model, save_model
 
@@ -367,7 +368,7 @@ def test_a_file_with_another_content_is_refused_by_name(reads, policy, tmp_path,
     write_problems("p.txt", generate_problems(13, 2, 2, seed=3))
     before = snapshot("run")
     status, err = said(capsys, *words[:1], "--output_dir", "run", "--resume")
-    assert status == 2 and f"{setting}=p.txt has another content (13 lines)" in err and "restore the file" in err
+    assert status == 2 and f"{setting}=p.txt has another content (13 lines)" in err and "restore it" in err
     assert len(err.splitlines()) == 1 and snapshot("run") == before
     Path("run/inputs.json").write_text("{")
     status, err = said(capsys, *words[:1], "--output_dir", "run", "--resume")
@@ -378,6 +379,36 @@ def test_a_file_with_another_content_is_refused_by_name(reads, policy, tmp_path,
     Path("run/inputs.json").unlink()
     assert said(capsys, *words[:1], "--output_dir", "run", "--resume")[0] == 0
     assert json.loads(Path("run/inputs.json").read_text())[setting]["n"] == 12
+
+
+@pytest.mark.parametrize("command", ["sft", "train"])
+def test_another_policy_in_the_folder_of_the_start_is_refused(command, policy, tmp_path, monkeypatch, capsys):
+    "The start is loaded again for a KL, and where it is the best: it must be the same. A README does not count"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(policy, "start")
+    write_problems("p.txt", generate_problems(12, 2, 2, seed=1))
+    words = [*READS[f"{command} problems"], "--model", "start", "--output_dir", "run"]
+    assert said(capsys, *words)[0] == 0
+    Path("start/README.md").write_text("mine")
+    assert said(capsys, command, "--output_dir", "run", "--resume")[0] == 0
+    before, weights = snapshot("run"), Path("start/model.safetensors").read_bytes()
+    Path("start/model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    status, err = said(capsys, command, "--output_dir", "run", "--resume")
+    assert status == 2 and "model=start has another content than when the run in run was begun" in err
+    assert len(err.splitlines()) == 1 and snapshot("run") == before
+
+
+def test_another_list_of_problems_is_refused(policy, tmp_path):
+    "Lists that are given in Python have no name; their content is compared all the same"
+    problems = generate_problems(12, 2, 2, seed=1)
+    config = dict(model=str(policy), output_dir=str(tmp_path / "run"), prompts_per_step=2, num_generations=2, num_beams=2,
+                  num_samples=2, max_completion_length=4, max_steps=1, save_steps=1, warmup_steps=0, use_cpu=True,
+                  disable_tqdm=True, report_to="none")
+    train_bgrpo(TrainConfig(**config), problems[:8], problems[8:])
+    for changed, setting in (((problems[:7], problems[8:]), "problems"), ((problems[:8], problems[9:]), "held_out")):
+        with pytest.raises(ValueError, match=f"{setting}=given has another content"):
+            train_bgrpo(TrainConfig(**config, resume=True), *changed)
+    train_bgrpo(TrainConfig(**config, resume=True), problems[:8], problems[8:])
 
 
 def test_batches_keep_their_size_on_another_number_of_processes(tmp_path, monkeypatch):

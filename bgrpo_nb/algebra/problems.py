@@ -45,7 +45,7 @@ from typing import Callable, Iterable, NamedTuple, Sequence
 
 # %% ../../nbs/01_data.ipynb #6143baa4
 import numpy as np
-from flint import Ordering, fmpz_mpoly_ctx
+from flint import Ordering, fmpz_mpoly_ctx, fmpz_poly
 
 # %% ../../nbs/01_data.ipynb #e351e539
 from ..base.files import replacing
@@ -87,13 +87,23 @@ def _largest_number(g: np.ndarray, h: np.ndarray) -> int:
     factor = h_size * h.shape[1]  # by how much one multiplication by h can enlarge a coefficient
     return max(h_size, sum(g_size * factor ** k for k in range(g.shape[1])))
 
+def _fits_int64(g: np.ndarray, h: np.ndarray) -> bool: return _largest_number(g, h) < 2**62
+
+def _compose_large(g: np.ndarray, h: np.ndarray) -> np.ndarray: # object
+    "The same for numbers of any size"
+    f = np.zeros((len(g), (g.shape[1] - 1) * (h.shape[1] - 1) + 1), object)
+    for row, outer, inner in zip(f, g.tolist(), h.tolist()):
+        composed = fmpz_poly(outer)(fmpz_poly(inner)).coeffs()
+        row[:len(composed)] = list(map(int, composed))
+    return f
+
 def compose_rows(g: np.ndarray, # (n, p + 1) int, ascending degree
                  h: np.ndarray, # (n, q + 1) int, ascending degree
                  ) -> np.ndarray: # (n, p*q + 1) coefficients of g(h), exact
     "Compose row by row"
     p, q = g.shape[1] - 1, h.shape[1] - 1
-    dtype = np.int64 if _largest_number(g, h) < 2**62 else object
-    h, f = h.astype(dtype), np.zeros((len(g), p * q + 1), dtype)
+    if not _fits_int64(g, h): return _compose_large(g, h)
+    h, f = h.astype(np.int64), np.zeros((len(g), p * q + 1), np.int64)
     f[:, 0] = g[:, p]
     for k in reversed(range(p)):           # Horner: f becomes f * h + g_k
         length = (p - 1 - k) * q + 1       # coefficients that f has so far
@@ -178,6 +188,7 @@ def _key_of(f, # flint polynomial
 
 # %% ../../nbs/01_data.ipynb #22f0bb1d
 _CHUNK = 8192    # polynomials drawn at once
+_FEW = 64        # of them composed at once where the numbers are large
 _IDLE = 20       # chunks in a row without a new problem, after which none is expected
 
 def _check_settings(n: int, outer_degree: int, inner_degree: int, bound: int):
@@ -239,14 +250,18 @@ def generate_problems(n: int,             # how many
     while len(problems) < n:
         g = _draw(rng, _CHUNK, outer_degree, coefficient_bound)
         h = _draw(rng, _CHUNK, inner_degree, coefficient_bound)
-        f = compose_rows(g, h)
-        new = _take_new(f, seen, n - len(problems))
-        idle = 0 if new else idle + 1
+        before, size = len(problems), _CHUNK if _fits_int64(g, h) else _FEW
+        for start in range(0, _CHUNK, size):
+            part = slice(start, start + size)
+            f = compose_rows(g[part], h[part])
+            new = _take_new(f, seen, n - len(problems))
+            problems += _write(f[new], g[part][new], h[part][new], answer, canonical, descending)
+            if len(problems) == n: break
+        idle = 0 if len(problems) > before else idle + 1
         if idle > _IDLE:
             raise ValueError(f"only {len(problems)} distinct problems of degree {outer_degree}∘{inner_degree} with "
                              f"coefficients up to {coefficient_bound} were found; ask for fewer, or raise "
                              "coefficient_bound")
-        problems += _write(f[new], g[new], h[new], answer, canonical, descending)
     return problems
 
 # %% ../../nbs/01_data.ipynb #1fe05713

@@ -79,7 +79,7 @@ def describe_text(path):
 
 DERIVED = {"generation_batch_size"}  # not written to config.yaml: TRL refuses it together with what it follows from
 HISTORY = "changes.jsonl"            # what was changed when a run was resumed
-INPUTS = "inputs.json"               # the content of the files that a run reads: setting -> `describe_text`
+INPUTS = "inputs.json"               # the content of what a run reads: setting -> name, SHA-256, lines of a text
 
 # What may change when a run is resumed: where it runs, what it reports, how long it is, and when it validates and saves
 MAY_CHANGE = frozenset("""
@@ -98,14 +98,14 @@ MAY_CHANGE = frozenset("""
 
 
 @contextmanager
-def open_run(folder, config, resume=False, main=True, fixed=(), files=()):
+def open_run(folder, config, resume=False, main=True, fixed=(), inputs=None):
     """A run's folder, made or opened again before anything is computed, and locked while the block runs.
 
     Gives the checkpoint to resume from, or None. Only the `main` process writes. FileExistsError if the folder holds
     another run or is somebody else's, FileNotFoundError if there is nothing to resume, ValueError for a setting that is
-    not the run's (of those that may change, `fixed` may not) or a file with another content (`files`: the settings that
-    name one), OSError if the folder cannot be written."""
-    folder, config = Path(folder), _as_written(config)
+    not the run's (of those that may change, `fixed` may not) or an input with another content (see `check_inputs`),
+    OSError if the folder cannot be written."""
+    folder, config, inputs = Path(folder), _as_written(config), inputs or {}
     check_owner(folder, *RUNS, was_ours=is_run)
     if not resume and (can_resume(folder) or (folder / "result.json").exists()):
         raise FileExistsError(f"{folder} already holds a run; "
@@ -116,7 +116,7 @@ def open_run(folder, config, resume=False, main=True, fixed=(), files=()):
     if resume:
         _check_batch(read_run_config(folder), config, processes_of(checkpoint))
         _check_length(config, checkpoint)
-    inputs = check_files(folder, config, files, resume)
+    if resume: check_inputs(folder, inputs)
     if not main:
         yield checkpoint
         return
@@ -145,27 +145,30 @@ def read_run_config(folder):
     return read_yaml(Path(folder) / "config.yaml")
 
 
-def check_files(folder, config, files, resume): # files: names of settings that name a file
-    "What the files hold, setting -> `describe_text`; ValueError where it is not what the resumed run was begun with"
-    found = {name: describe_text(config[name]) for name in files if config.get(name)}
-    recorded = _read_inputs(folder) if resume else {}
-    for name, now in found.items():
-        was = recorded.get(name, now)    # a run of an earlier version has no record
+def describe_files(config, settings): # settings that name a text file
+    "What these files hold, setting -> `describe_text`"
+    return {name: describe_text(config[name]) for name in settings if config.get(name)}
+
+
+def check_inputs(folder, inputs): # inputs: setting -> dict(name, sha256), and n, the lines of a text
+    "ValueError where an input is not what the run in a folder was begun with"
+    recorded = _read_inputs(folder)
+    for setting, now in inputs.items():
+        was = recorded.get(setting, now)    # a run of an earlier version has no record
         if was["sha256"] == now["sha256"]: continue
-        raise ValueError(f"{name}={now['name']} has another content ({now['n']} lines) than when the run in {folder} "
-                         f"was begun ({was['n']} lines); restore the file to resume, or begin another run in another "
-                         "--output_dir")
-    return found
+        begun, here = (f" ({each['n']} lines)" if "n" in each else "" for each in (was, now))
+        raise ValueError(f"{setting}={now['name']} has another content{here} than when the run in {folder} was "
+                         f"begun{begun}; restore it to resume, or begin another run in another --output_dir")
 
 
 def _read_inputs(folder):
     "What a run recorded of the files that it reads; empty for a run of an earlier version"
     path = Path(folder) / INPUTS
     if not path.exists(): return {}
-    try: return {name: dict(n=was["n"], sha256=was["sha256"]) for name, was in json.loads(path.read_text()).items()}
+    try: return {name: was | dict(sha256=was["sha256"]) for name, was in json.loads(path.read_text()).items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} cannot be read; restore it, or delete it to resume without a check of the problems "
-                         "that the run was begun with") from None
+        raise ValueError(f"{path} cannot be read; restore it, or delete it to resume without a check of the policy "
+                         "and the problems that the run was begun with") from None
 
 
 RECIPES = {"sft": "vocabulary", "train": "rollout"}    # command -> a setting that it alone has

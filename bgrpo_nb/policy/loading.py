@@ -44,6 +44,12 @@ A policy may say in its `training.json` which problems it was trained on. The bu
 that `bgrpo sft` makes from generated problems. What is trained further says so where its start does. A later run
 then measures whether it still solves them.
 
+## Which policy it is
+
+A run that is resumed must begin with the policy that it began with: its start is what is measured against, and
+what a KL divergence keeps to. So a run remembers the SHA-256 of the policy's files. A policy on the hub has none:
+`revision` says which one it is.
+
 ## What is refused
 
 A name that leads nowhere, a config that asks for other tensors than there are, weights that are not numbers, a
@@ -59,9 +65,10 @@ here. A model that was loaded by other means can be given to the trainer and to 
 
 # %% auto #0
 __all__ = ['quietly', 'bundled_names', 'find_policy', 'choose_attention', 'check_finite', 'load_model',
-           'read_tokenizer', 'save_model', 'known_to', 'say_known']
+           'read_tokenizer', 'save_model', 'known_to', 'say_known', 'describe_policy']
 
 # %% ../../nbs/02c_loading.ipynb #c8114120
+import hashlib
 import json
 import re
 import warnings
@@ -379,3 +386,18 @@ def say_known(folder, # of a saved policy
     if start and not before: return
     new = [each for each in here if each not in before]
     if before or new: write_json(Path(folder) / "training.json", dict(problems=before + new))
+
+# %% ../../nbs/02c_loading.ipynb #02cdescr02
+_NOT_THE_POLICY = {".md"}   # of the files in its folder
+
+def describe_policy(name_or_path, # a bundled policy's name, a folder, or a hub id
+                    ) -> dict | None: # name, sha256; None where it is not in a folder
+    "Which policy it is: the SHA-256 of its weights, configuration and tokenizer, as they are in the folder"
+    folder = find_policy(name_or_path)
+    if not isinstance(folder, Path): return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.name.startswith(".") or file.suffix in _NOT_THE_POLICY: continue
+        digest.update(file.name.encode())
+        with file.open("rb") as content: digest.update(hashlib.file_digest(content, "sha256").digest())
+    return dict(name=str(name_or_path), sha256=digest.hexdigest())

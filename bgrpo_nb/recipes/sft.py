@@ -69,10 +69,10 @@ from transformers import Trainer, TrainingArguments, masking_utils
 from ..algebra.problems import Problem, read_degrees
 from ..base.checkpoints import checkpoint_of, load_finished, whole_or_nothing
 from ..base.files import write_json
-from ..base.run_folder import open_run, provenance
+from ..base.run_folder import describe_files, open_run, provenance
 from ..base.settings import check_ranges, setting
 from ..learn.finite import FiniteTrainer
-from ..policy.loading import choose_attention, say_known
+from ..policy.loading import choose_attention, describe_policy, say_known
 from ..policy.model import PRESETS, load_model, load_tokenizer, new_model, save_model
 from .callbacks import RunLog, StopCleanly, run_steps, show_progress
 from .samples import (
@@ -377,10 +377,15 @@ def train_policy(config: SupervisedConfig) -> dict: # content of result.json; "s
     main = config.process_index == 0
     with ExitStack() as opened:
         with config.main_process_first(local=False):
-            run = open_run(config.output_dir, config.to_dict(), config.resume, main, FIXED, FILES)
+            run = open_run(config.output_dir, config.to_dict(), config.resume, main, FIXED, _inputs(config))
             checkpoint = opened.enter_context(run)
         opened.enter_context(at_wandb(config, main))
         return _train(config, checkpoint)
+
+def _inputs(config) -> dict: # setting -> its content
+    "The file that a run reads, and the policy that it continues from"
+    start = describe_policy(config.model) if config.model else None
+    return describe_files(config.to_dict(), FILES) | ({"model": start} if start else {})
 
 def _write_policy(config, model, tokenizer):
     "The policy, and what it was trained on"

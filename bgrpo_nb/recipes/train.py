@@ -42,8 +42,8 @@ by rank is the simple reward.
 ## To continue
 
 With `resume=True`, at the terminal `--resume`, a run continues from its newest whole checkpoint. It is the run
-that was begun: its `config.yaml` says how, and a setting that differs is refused by name. So is a file of problems
-whose content has changed; `inputs.json` holds the SHA-256 of each.
+that was begun: its `config.yaml` says how, and a setting that differs is refused by name. So is another content of
+what it reads, which is the policy at its start and files of problems; `inputs.json` holds the SHA-256 of each.
 
 ## What is refused
 
@@ -78,11 +78,11 @@ from datasets import Dataset
 from ..algebra.problems import Problem, mix, polynomial_key, read_degrees, read_problems, split
 from ..base.files import write_json
 from ..base.run_folder import (
-    best_of, check_files, check_space, describe_lines, open_run, provenance, read_metrics)
+    best_of, check_inputs, check_space, describe_files, describe_lines, open_run, provenance, read_metrics)
 from ..base.settings import check_ranges, setting
 from ..learn.config import BGRPOConfig
 from ..learn.trainer import BGRPOTrainer, load_policy
-from ..policy.loading import known_to, say_known
+from ..policy.loading import describe_policy, known_to, say_known
 from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
 from .trainer_settings import check_reports, check_scheduler, refuse
@@ -254,8 +254,8 @@ def train_bgrpo(config: TrainConfig,
                 held_out: Sequence[Problem] = (),          # to validate on, together with `problems`
                 ) -> dict: # content of result.json; "stopped": a signal ended the run; "reports": of each validation
     "Train by beams, validate, save; everything is in the run folder"
-    files = FILES if problems is None else ()
-    check_files(config.output_dir, config.to_dict(), files, config.resume)
+    inputs = _inputs(config, problems, held_out)
+    if config.resume: check_inputs(config.output_dir, inputs)
     train, held_out = choose_problems(config) if problems is None else (list(problems), list(held_out))
     if config.asked_for_best and not held_out and not config.resume: refuse_unvalidated(len(train))
     known = _known(config, train, held_out, given=problems is not None)
@@ -266,7 +266,7 @@ def train_bgrpo(config: TrainConfig,
     main = config.process_index == 0
     with ExitStack() as opened:
         with config.main_process_first(local=False):
-            run = open_run(config.output_dir, config.to_dict(), config.resume, main, files=files)
+            run = open_run(config.output_dir, config.to_dict(), config.resume, main, inputs=inputs)
             checkpoint = opened.enter_context(run)
         if checkpoint: config.eval_on_start = False
         if not held_out: _measure_nothing(config)
@@ -321,6 +321,13 @@ def _end(config, trainer, validator, tokenizer) -> dict: # saved_step, summary, 
                         for name, of_set in changed.items()})
 
 # %% ../../nbs/09a_train.ipynb #670bfa55
+def _inputs(c: TrainConfig, problems, held_out) -> dict: # setting -> its content
+    "What a run reads, files or lists, and the policy that it starts from"
+    lists = {} if problems is None else dict(problems=problems, held_out=held_out)
+    given = {name: describe_lines("given", [p.line for p in each]) for name, each in lists.items()}
+    start = describe_policy(c.model)
+    return (given or describe_files(c.to_dict(), FILES)) | ({"model": start} if start else {})
+
 def _known(c: TrainConfig, train, held_out, given: bool) -> list[Problem]:
     "Problems of what the policy was trained on before"
     known = known_to(c.model) if held_out else []

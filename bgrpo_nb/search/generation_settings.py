@@ -68,8 +68,8 @@ def _processors(settings, samples, prompt_length, max_length, eos, mask=None, de
     "In the order of `generate`; those for samples alone only where something is drawn"
     chosen = {name: x for name, x in settings.items() if samples or name not in ONLY_SAMPLES}
     arguments = ("max_new_tokens", "cache_implementation", "stop_strings", "max_time")
-    config = GenerationConfig(**{name: x for name, x in chosen.items() if name not in arguments})
-    config.update(do_sample=samples, max_length=max_length)
+    in_config = {name: x for name, x in chosen.items() if name not in arguments}
+    config = GenerationConfig(**in_config | dict(do_sample=samples, max_length=max_length))
     config._eos_token_tensor = eos if len(eos) else None
     return _NoModel()._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device,
                                             model_kwargs=dict(attention_mask=mask))
