@@ -1392,6 +1392,8 @@ d = {
     ('validation.html#baseline_for', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.can_load_best':
     ('validation.html#can_load_best', 'bgrpo_nb/recipes/validation.py'),
+   'bgrpo_nb.recipes.validation.candidates':
+    ('validation.html#candidates', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.changes':
     ('validation.html#changes', 'bgrpo_nb/recipes/validation.py'),
    'bgrpo_nb.recipes.validation.in_one_line':

@@ -19,7 +19,7 @@ from bgrpo_nb.policy.loading import known_to
 from bgrpo_nb.recipes import train as recipe
 from bgrpo_nb.recipes import validation
 from bgrpo_nb.recipes.train import TrainConfig, choose_problems, train_bgrpo
-from bgrpo_nb.recipes.validation import known_problems
+from bgrpo_nb.recipes.validation import known_problems, sign_test_interval
 from bgrpo_nb.solve.evaluation import ProblemResult, Report
 from bgrpo_nb.study.run_readers import metrics_of, read_folder
 
@@ -109,6 +109,31 @@ def test_a_resumed_run_finds_the_same_best(policy, tmp_path, made_up, salt):
     for key in ("saved_step", "summary", "change"): assert rest[key] == whole[key]
     assert torch.equal(weights(tmp_path / "whole/policy"), weights(tmp_path / "parts/policy"))
     assert rest["summary"][1:] or whole["saved_step"] == 0
+
+
+def test_intervals_allow_for_the_choice(policy, tmp_path, made_up):
+    "The best of three validations has wider intervals, on the problems that chose it, than the last by itself"
+    for made_up.salt in range(12):
+        best = run(policy, tmp_path / f"best{made_up.salt}")
+        if best["saved_step"]: break
+    assert best["saved_step"] and "the best by beam_rank_score of 3, which the intervals" in best["summary"][0]
+    last = run(policy, tmp_path / "last", load_best_model_at_end=False)
+    for result, confidence in ((best, 1 - 0.05 / 3), (last, 0.95)):
+        c = result["change"]["held_out"]["greedy_accuracy"]
+        assert (c["low"], c["high"]) == sign_test_interval(c["better"], c["worse"], result["held_out"], confidence)
+
+
+@pytest.mark.parametrize("metric, chosen_on", [("beam_rank_score", "held_out"), ("known_beam_rank_score", "known")])
+def test_problems_that_chose_nothing_keep_their_intervals(metric, chosen_on):
+    def report(places):
+        rows = [ProblemResult(str(i), 6, 2, k == 1, k, k, 0, "ok") for i, k in enumerate(places)]
+        return Report(rows, dict(num_beams=4, wide_beams=4, num_samples=2))
+    validator = validation.Validator([], TrainConfig(**RUN | dict(metric_for_best_model=metric)))
+    validator.start = dict.fromkeys(("held_out", "known"), report([2] * 20))
+    found = validator.changes(dict.fromkeys(("held_out", "known"), report([1] * 8 + [3] * 2 + [2] * 10)), 4)
+    for name, of_set in found.items():
+        confidence = 1 - 0.05 / 4 if name == chosen_on else 0.95
+        assert of_set["greedy_accuracy"][3:5] == sign_test_interval(8, 0, 20, confidence)
 
 
 def test_without_it_the_last_weights_are_saved_and_what_fell_is_said(policy, tmp_path, made_up):

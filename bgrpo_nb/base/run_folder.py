@@ -98,14 +98,14 @@ MAY_CHANGE = frozenset("""
 
 
 @contextmanager
-def open_run(folder, config, resume=False, main=True, fixed=(), inputs=None):
+def open_run(folder, config, resume=False, main=True, fixed=(), inputs=dict): # inputs: () -> as of `check_inputs`
     """A run's folder, made or opened again before anything is computed, and locked while the block runs.
 
     Gives the checkpoint to resume from, or None. Only the `main` process writes. FileExistsError if the folder holds
     another run or is somebody else's, FileNotFoundError if there is nothing to resume, ValueError for a setting that is
     not the run's (of those that may change, `fixed` may not) or an input with another content (see `check_inputs`),
     OSError if the folder cannot be written."""
-    folder, config, inputs = Path(folder), _as_written(config), inputs or {}
+    folder, config = Path(folder), _as_written(config)
     check_owner(folder, *RUNS, was_ours=is_run)
     if not resume and (can_resume(folder) or (folder / "result.json").exists()):
         raise FileExistsError(f"{folder} already holds a run; "
@@ -116,13 +116,14 @@ def open_run(folder, config, resume=False, main=True, fixed=(), inputs=None):
     if resume:
         _check_batch(read_run_config(folder), config, processes_of(checkpoint))
         _check_length(config, checkpoint)
-    if resume: check_inputs(folder, inputs)
+    found = inputs()    # now that the settings are the run's
+    if resume: check_inputs(folder, found)
     if not main:
         yield checkpoint
         return
     claim_folder(folder, *RUNS, was_ours=is_run)
     with locked(folder):
-        try: _prepare(folder, config, checkpoint, changed, inputs)
+        try: _prepare(folder, config, checkpoint, changed, found)
         except OSError as e:
             message = f"the run folder {folder} cannot be written ({e.strerror or e}); choose another --output_dir"
             raise OSError(message) from None

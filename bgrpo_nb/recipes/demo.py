@@ -92,7 +92,8 @@ def _config(folder, steps, seed, problems) -> TrainConfig:
                        load_best_model_at_end=False, **settings)
 
 # %% ../../nbs/13a_demo.ipynb #16497dcc
-_WRITTEN = {"README.md", "changes.jsonl", "config.yaml", "metrics.jsonl", "plots", "policy", "reports", "result.json"}
+_WRITTEN = {"README.md", "changes.jsonl", "config.yaml", "inputs.json", "metrics.jsonl", "plots", "policy", "reports",
+            "result.json"}
 
 def _claim(folder: Path):
     "Mark the folder as a demo's; FileExistsError where it holds something else"

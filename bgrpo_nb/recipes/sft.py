@@ -377,7 +377,7 @@ def train_policy(config: SupervisedConfig) -> dict: # content of result.json; "s
     main = config.process_index == 0
     with ExitStack() as opened:
         with config.main_process_first(local=False):
-            run = open_run(config.output_dir, config.to_dict(), config.resume, main, FIXED, _inputs(config))
+            run = open_run(config.output_dir, config.to_dict(), config.resume, main, FIXED, lambda: _inputs(config))
             checkpoint = opened.enter_context(run)
         opened.enter_context(at_wandb(config, main))
         return _train(config, checkpoint)

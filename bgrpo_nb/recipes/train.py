@@ -87,8 +87,8 @@ from ..policy.model import encode, save_model
 from .callbacks import PlotHistory, RunLog, StopCleanly, run_steps, show_progress
 from .trainer_settings import check_reports, check_scheduler, refuse
 from .validation import (
-    StartAndEnd, Validator, baseline_for, can_load_best, is_validation, known_problems, of_kind, read_reports,
-    refuse_best, refuse_unvalidated, reports_of, saved_step, summary, which_policy, write_reports)
+    StartAndEnd, Validator, baseline_for, can_load_best, candidates, is_validation, known_problems, of_kind,
+    read_reports, refuse_best, refuse_unvalidated, reports_of, saved_step, summary, which_policy, write_reports)
 from .wandb_logging import WandbPanels, at_wandb, guard_wandb
 from ..search.generation import check_length
 from ..solve.beam_filter import answer_tokens
@@ -266,7 +266,7 @@ def train_bgrpo(config: TrainConfig,
     main = config.process_index == 0
     with ExitStack() as opened:
         with config.main_process_first(local=False):
-            run = open_run(config.output_dir, config.to_dict(), config.resume, main, inputs=inputs)
+            run = open_run(config.output_dir, config.to_dict(), config.resume, main, inputs=lambda: inputs)
             checkpoint = opened.enter_context(run)
         if checkpoint: config.eval_on_start = False
         if not held_out: _measure_nothing(config)
@@ -312,7 +312,7 @@ def _end(config, trainer, validator, tokenizer) -> dict: # saved_step, summary, 
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if step == 0 and not at_end: policy = load_policy(config.model, config)[0]
     reports = reports_of(step, trainer, validator)
-    changed = validator.changes(reports) if reports and step else {}
+    changed = validator.changes(reports, candidates(trainer)) if reports and step else {}
     if config.process_index == 0:
         _write_policy(config, policy, tokenizer)
         write_reports(folder, "end", reports)

@@ -7,7 +7,7 @@ were gained and 7 lost, nine problems say something, and by chance each would go
 
 ## What changed
 
-`changes` compares two reports on the same problems. A metric rose or fell where its 95 % interval excludes 0. For
+`changes` compares two reports on the same problems. A metric rose or fell where its interval excludes 0. For
 shares that is the interval of the exact sign test, for the beam rank score the bootstrap of evaluation.
 
 ## What a policy knew before
@@ -42,7 +42,7 @@ support."""
 __all__ = ['COMPARED', 'KNOWN_SEED', 'SOLVES_MOST', 'HARMFUL', 'CAREFUL', 'ADVICE', 'TITLES', 'Change',
            'sign_test_interval', 'changes', 'in_one_line', 'of_kind', 'known_problems', 'Validator', 'baseline_for',
            'advice_for_start', 'refuse_best', 'refuse_unvalidated', 'can_load_best', 'StartAndEnd', 'saved_step',
-           'which_policy', 'is_validation', 'reports_of', 'write_reports', 'read_reports', 'summary']
+           'candidates', 'which_policy', 'is_validation', 'reports_of', 'write_reports', 'read_reports', 'summary']
 
 # %% ../../nbs/09c_validation.ipynb #09cval03
 import warnings
@@ -74,7 +74,7 @@ class Change(NamedTuple):
     before: float
     after: float
     mean: float    # after minus before
-    low: float     # 95 %
+    low: float     # of an interval, of 95 % where `chosen_from` is 1
     high: float
     better: int    # problems
     worse: int
@@ -84,21 +84,24 @@ class Change(NamedTuple):
         if self.low > 0: return "rose"
         return "fell" if self.high < 0 else "within chance"
 
-def sign_test_interval(better: int, worse: int, n: int) -> tuple[float, float]: # of (better - worse) / n, 95 %
+def sign_test_interval(better: int, worse: int, n: int,
+                       confidence: float = 0.95) -> tuple[float, float]: # of (better - worse) / n
     "Where the change of a share lies, from how many of n problems were gained and lost"
     changed = better + worse
     if not changed: return 0.0, 0.0
-    gained = stats.binomtest(better, changed).proportion_ci(method="exact")
+    gained = stats.binomtest(better, changed).proportion_ci(confidence, method="exact")
     return (2 * gained.low - 1) * changed / n, (2 * gained.high - 1) * changed / n
 
-def changes(before: Report, after: Report) -> dict[str, Change]: # metric -> what changed
+def changes(before: Report, after: Report,
+            chosen_from: int = 1, # policies; `after` is the one of them that is best on these problems
+            ) -> dict[str, Change]: # metric -> what changed
     "Both reports on the same problems"
-    found = {}
+    found, confidence = {}, 1 - 0.05 / chosen_from
     for metric in COMPARED:
-        mean, *interval = compare(before, after, metric)
+        mean, *interval = compare(before, after, metric, confidence=confidence)
         steps = [b.value(metric) - a.value(metric) for a, b in zip(before.rows, after.rows)]
         better, worse = sum(s > 0 for s in steps), sum(s < 0 for s in steps)
-        if metric != "beam_rank_score": interval = sign_test_interval(better, worse, len(steps))
+        if metric != "beam_rank_score": interval = sign_test_interval(better, worse, len(steps), confidence)
         found[metric] = Change(before.metrics[metric], after.metrics[metric], mean, *interval, better, worse)
     return found
 
@@ -190,9 +193,14 @@ class Validator:
                        num_samples=c.num_samples, temperature=c.sample_temperature, domain=c.domain, seed=c.seed,
                        allow_trivial=c.allow_trivial, max_new_tokens=longest)
 
-    def changes(self, reports: dict[str, Report]) -> dict[str, dict[str, Change]]: # set -> metric -> change
+    def changes(self, reports: dict[str, Report],
+                chosen_from: int = 1, # policies, of which the reports are those of the best
+                ) -> dict[str, dict[str, Change]]: # set -> metric -> change
         "Since the start, where the start was measured"
-        return {name: changes(self.start[name], report) for name, report in reports.items() if self.start}
+        metric = (self.config.metric_for_best_model or "").removeprefix("eval_")
+        chosen_on = "known" if metric.startswith("known_") else "held_out"
+        return {name: changes(self.start[name], report, chosen_from if name == chosen_on else 1)
+                for name, report in reports.items() if self.start}
 
     def __call__(self, model, tokenizer) -> dict: # metric -> value
         step, found = self.trainer.state.global_step, self.measure(model, tokenizer)
@@ -283,13 +291,20 @@ def saved_step(trainer) -> int: # 0: the start
     chosen = trainer.args.load_best_model_at_end and state.best_metric is not None
     return (state.best_global_step or 0) if chosen else state.global_step
 
+def candidates(trainer) -> int:
+    "How many policies the saved one was chosen from, the start apart; 1 where nothing was chosen"
+    if not trainer.args.load_best_model_at_end: return 1
+    return max(1, len({row["step"] for row in trainer.state.log_history if is_validation(row)} - {0}))
+
 def which_policy(step: int, trainer) -> list[str]: # one line, or none where nothing was chosen
     "Which policy is saved, in words"
     last, metric = trainer.state.global_step, trainer.args.metric_for_best_model
     if not trainer.args.load_best_model_at_end: return []
     if step == 0: return [f"nothing was better than the start by {metric}: the policy is the start, unchanged; the "
                           f"weights of step {last} are in checkpoint-{last}", f"to try: {CAREFUL}"]
-    return [f"the policy is the one after step {step} of {last}, the best by {metric}"]
+    n = candidates(trainer)
+    wider = f" of {n}, which the intervals on the problems that chose it allow for" if n > 1 else ""
+    return [f"the policy is the one after step {step} of {last}, the best by {metric}{wider}"]
 
 # %% ../../nbs/09c_validation.ipynb #09cval29
 def is_validation(row: dict) -> bool: # of metrics.jsonl

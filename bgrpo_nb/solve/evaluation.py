@@ -136,15 +136,17 @@ def wilson(solved: int, n: int) -> tuple[float, float]: # 95 %
     found = stats.binomtest(solved, n).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
 
-def bootstrap(values: Sequence[float], seed: int = 0, # one value for each problem
-              ) -> tuple[float, float]: # 95 %, BCa; both ends equal where all values are
+def bootstrap(values: Sequence[float], # one value for each problem
+              seed: int = 0, confidence: float = 0.95,
+              ) -> tuple[float, float]: # BCa; both ends equal where all values are
     "Interval of a mean"
     values = np.asarray(values, float)
     all_equal = len(values) < 2 or np.ptp(values) == 0
     if all_equal: return float(values.mean()), float(values.mean())
     rng = np.random.default_rng(seed)
     at_once = max(1, 2**24 // len(values)) # resamples; all together would need memory with the square of the problems
-    found = stats.bootstrap((values,), np.mean, n_resamples=4000, batch=at_once, method="BCa", rng=rng)
+    found = stats.bootstrap((values,), np.mean, n_resamples=4000, batch=at_once, method="BCa",
+                            confidence_level=confidence, rng=rng)
     low, high = found.confidence_interval
     return float(low), float(high)
 
@@ -430,12 +432,12 @@ class Difference(NamedTuple):
     high: float
 
 def compare(before: Report, after: Report, # on the same problems, in the same order
-            metric: str = "beam_rank_score", seed: int = 0) -> Difference:
+            metric: str = "beam_rank_score", seed: int = 0, confidence: float = 0.95) -> Difference:
     "Paired difference over problems, BCa bootstrap"
     if [row.expanded for row in before.rows] != [row.expanded for row in after.rows]:
         raise ValueError("the two reports are not on the same problems; evaluate both on one list")
     changes = [b.value(metric) - a.value(metric) for a, b in zip(before.rows, after.rows)]
-    return Difference(float(np.mean(changes)), *bootstrap(changes, seed))
+    return Difference(float(np.mean(changes)), *bootstrap(changes, seed, confidence))
 
 # %% ../../nbs/07_evaluation.ipynb #4c7b693b
 @patch

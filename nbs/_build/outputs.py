@@ -12,6 +12,7 @@ import nbformat
 from lint import notebooks
 from nbclient import NotebookClient
 
+SHARP = ["--InlineBackend.figure_formats=retina"]   # figures of twice the pixels
 LEFT_OUT = re.compile(r"^#\|\s*(eval:\s*false|notest|slow|cuda)\s*$", re.MULTILINE)
 
 
@@ -24,7 +25,8 @@ def is_progress_bar(out) -> bool:
 def run(path: Path):
     "All cells; a cell that fails ends it, and the file stays as it was"
     nb = nbformat.read(path, 4)
-    client = NotebookClient(nb, timeout=600, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(nb, timeout=600, coalesce_streams=True, extra_arguments=SHARP,
+                            resources={"metadata": {"path": str(path.parent)}})
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
             if cell.cell_type != "code" or LEFT_OUT.search(cell.source): continue
