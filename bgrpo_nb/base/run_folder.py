@@ -116,7 +116,7 @@ def open_run(folder, config, resume=False, main=True, fixed=(), inputs=dict): # 
     if resume:
         _check_batch(read_run_config(folder), config, processes_of(checkpoint))
         _check_length(config, checkpoint)
-    found = inputs()    # now that the settings are the run's
+    found = inputs() if main or resume else {}    # now that the settings are the run's
     if resume: check_inputs(folder, found)
     if not main:
         yield checkpoint

@@ -68,6 +68,7 @@ __all__ = ['KINDS', 'VALIDATED', 'FILES', 'TrainConfig', 'choose_problems', 'tra
 # %% ../../nbs/09a_train.ipynb #a8e7e643
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Sequence
 
@@ -254,8 +255,8 @@ def train_bgrpo(config: TrainConfig,
                 held_out: Sequence[Problem] = (),          # to validate on, together with `problems`
                 ) -> dict: # content of result.json; "stopped": a signal ended the run; "reports": of each validation
     "Train by beams, validate, save; everything is in the run folder"
-    inputs = _inputs(config, problems, held_out)
-    if config.resume: check_inputs(config.output_dir, inputs)
+    inputs = cache(partial(_inputs, config, problems, held_out))
+    if config.resume: check_inputs(config.output_dir, inputs())
     train, held_out = choose_problems(config) if problems is None else (list(problems), list(held_out))
     if config.asked_for_best and not held_out and not config.resume: refuse_unvalidated(len(train))
     known = _known(config, train, held_out, given=problems is not None)
@@ -266,7 +267,7 @@ def train_bgrpo(config: TrainConfig,
     main = config.process_index == 0
     with ExitStack() as opened:
         with config.main_process_first(local=False):
-            run = open_run(config.output_dir, config.to_dict(), config.resume, main, inputs=lambda: inputs)
+            run = open_run(config.output_dir, config.to_dict(), config.resume, main, inputs=inputs)
             checkpoint = opened.enter_context(run)
         if checkpoint: config.eval_on_start = False
         if not held_out: _measure_nothing(config)
