@@ -231,6 +231,16 @@ def test_long_lines_of_notebooks_are_found(tmp_path):
     assert "cell 2 (" in lint.check_notebooks([path])[1] and "129 characters > 120" in lint.check_notebooks([path])[1]
 
 
+def test_prose_that_the_site_takes_for_a_comment_is_found(tmp_path):
+    "A paragraph that is wrapped before a per cent sign would lose a line"
+    path = tmp_path / "a.ipynb"
+    sources = "between 17 and 75\n%, with every seed", "```\n% in code\n```\n20 % of it", ">>>%matplotlib inline"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells(*sources)), path)
+    assert [(number, line) for number, _, line in lint.left_out(path)] == [(0, "%, with every seed")]
+    message, = lint.check_notebooks([path])
+    assert "cell 0 (" in message and "a line that begins with % is not shown" in message
+
+
 def test_every_line_fits_and_ruff_finds_nothing():
     done = subprocess.run([sys.executable, REPO / "nbs/_build/lint.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr

@@ -1,4 +1,5 @@
-"""The rules for code: `ruff check` with the settings of pyproject.toml, and at most 120 characters a line in notebooks.
+"""The rules for code: `ruff check` with the settings of pyproject.toml. In notebooks: lines of at most 120 characters,
+and none of prose that the site would leave out.
 
     lint.py [FILE.ipynb ...]      without files: everything"""
 import json
@@ -22,6 +23,15 @@ def long_lines(notebook): # path of an .ipynb file
             if len(line) > WIDTH and not unbreakable(line): yield number, cell.get("id", "?"), line
 
 
+def left_out(notebook): # path of an .ipynb file
+    "(number of the cell, its id, the line) for each line of prose that MyST takes for a comment: it begins with %"
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        fenced = False
+        for line in "".join(cell["source"]).splitlines() if cell["cell_type"] == "markdown" else ():
+            fenced ^= line.lstrip().startswith("```")
+            if line.startswith("%") and not fenced: yield number, cell.get("id", "?"), line
+
+
 def notebooks():
     "Every notebook of the repository that people write"
     skipped = {".ipynb_checkpoints", "_proc"}
@@ -29,10 +39,13 @@ def notebooks():
 
 
 def check_notebooks(paths):
-    "One message for each line that is too long"
-    found = [(path, *rest) for path in paths for rest in long_lines(path)]
+    "One message for each fault"
+    found = [(path, *place, f"{len(line)} characters > {WIDTH}", line)
+             for path in paths for *place, line in long_lines(path)]
+    found += [(path, *place, "a line that begins with % is not shown; wrap it elsewhere", line)
+              for path in paths for *place, line in left_out(path)]
     return [f"{path.relative_to(REPO) if path.is_relative_to(REPO) else path}: cell {number} ({cell}): "
-            f"{len(line)} characters > {WIDTH}: {line.strip()[:70]}…" for path, number, cell, line in found]
+            f"{fault}: {line.strip()[:70]}…" for path, number, cell, fault, line in found]
 
 
 def run_ruff():
@@ -43,7 +56,7 @@ def run_ruff():
 
 def main(arguments):
     messages = check_notebooks([Path(argument).resolve() for argument in arguments] or notebooks())
-    print("\n".join(messages) or f"notebooks: every line has at most {WIDTH} characters")
+    print("\n".join(messages) or f"notebooks: every line has at most {WIDTH} characters, and all prose is shown")
     return max(run_ruff(), bool(messages))
 
 
