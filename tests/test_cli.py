@@ -166,7 +166,7 @@ def test_a_published_file_is_evaluated(shared, tmp_path):
 
 def test_a_published_file_is_trained_on(shared, tmp_path):
     done = bgrpo("train", "--model", "tiny", "--problems", shared / "published/test_dataset_2_2.txt", "--output_dir", "run", "--max_steps", 1, "--prompts_per_step", 4,
-                 "--num_generations", 4, "--held_out", 4, "--num_samples", 2, "--wide_beams", 4, cwd=tmp_path)
+                 "--num_generations", 4, "--held_out", 4, "--known_problems", 0, "--num_samples", 2, "--wide_beams", 4, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "run/policy/model.safetensors").exists(), done.stderr[-2000:]
 
 

@@ -363,7 +363,7 @@ def test_hyperband_ends_what_lags_behind(place):
 def test_two_sweeps_of_real_training_give_identical_metrics(tmp_path, monkeypatch):
     "BGRPO and GRPO, two steps each, two workers and one; what `bgrpo train` accounts for is in every result"
     monkeypatch.chdir(tmp_path)
-    few = dict(num_problems=40, held_out=6, num_generations=4, prompts_per_step=4, max_steps=2, eval_steps=2, save_steps=2, warmup_steps=0, num_samples=2, num_beams=4, wide_beams=4, use_cpu=True)
+    few = dict(num_problems=40, held_out=6, known_problems=0, num_generations=4, prompts_per_step=4, max_steps=2, eval_steps=2, save_steps=2, warmup_steps=0, num_samples=2, num_beams=4, wide_beams=4, use_cpu=True)
     import yaml
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(dict(method="grid", parameters=dict(rollout=dict(values=["beam", "sample"]), **{k: dict(value=v) for k, v in few.items()}))))
     for name, workers in (("one", 1), ("two", 2)):
