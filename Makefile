@@ -9,13 +9,14 @@ demo: $(READY)
 	@$(BIN)/bgrpo demo
 
 # One thread a process: two workers with two threads each would wait for one another most of the time. Values in pages and
-# tests are those of a CPU, so only the tests marked `cuda` see a device
+# tests are those of a CPU, so only the tests marked `cuda` see a device. Tests wait for processes that they start: three
+# workers keep two cores busy
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
 	@$(BIN)/python nbs/_build/lint.py
 	@$(BIN)/python nbs/_build/sync.py --check
 	@temp=$$(mktemp -d) && trap 'rm -rf "$$temp"' EXIT && CUDA_VISIBLE_DEVICES= TMPDIR=$$temp $(BIN)/nbdev-test --n-workers 2 --timing
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	@! command -v nvidia-smi > /dev/null || $(BIN)/python -m pytest -m cuda
 
 # The fast tests of algebra, search, policy, learn and solve under the lowest versions that settings.ini declares, in an
