@@ -116,7 +116,7 @@ def test_intervals_allow_for_the_choice(policy, tmp_path, made_up):
     for made_up.salt in range(12):
         best = run(policy, tmp_path / f"best{made_up.salt}")
         if best["saved_step"]: break
-    assert best["saved_step"] and "the best by beam_rank_score of 3, which the intervals" in best["summary"][0]
+    assert best["saved_step"] and "the best of 3 by beam_rank_score; intervals" in best["summary"][0]
     last = run(policy, tmp_path / "last", load_best_model_at_end=False)
     for result, confidence in ((best, 1 - 0.05 / 3), (last, 0.95)):
         c = result["change"]["held_out"]["greedy_accuracy"]

@@ -303,8 +303,8 @@ def which_policy(step: int, trainer) -> list[str]: # one line, or none where not
     if step == 0: return [f"nothing was better than the start by {metric}: the policy is the start, unchanged; the "
                           f"weights of step {last} are in checkpoint-{last}", f"to try: {CAREFUL}"]
     n = candidates(trainer)
-    wider = f" of {n}, which the intervals on the problems that chose it allow for" if n > 1 else ""
-    return [f"the policy is the one after step {step} of {last}, the best by {metric}{wider}"]
+    best = f"the best of {n} by {metric}; intervals on the problems that chose it are wider for that"
+    return [f"the policy is the one after step {step} of {last}, {best if n > 1 else f'the best by {metric}'}"]
 
 # %% ../../nbs/09c_validation.ipynb #09cval29
 def is_validation(row: dict) -> bool: # of metrics.jsonl
