@@ -102,7 +102,7 @@ LABELS = dict(lr_scheduler_type="linear", lr_scheduler_kwargs={}, warmup_steps=1
 LOW, HIGH = (1e-5, 5e-5, 2e-4), (1e-4, 3e-4, 1e-3)
 BY_REWARD = {"map": (5e-5, 2e-4), "tiny": HIGH, "small": LOW, "multivariate": LOW}
 NOT_THE_MAP = {part: rates for part, rates in BY_REWARD.items() if part != "map"}
-THE_LIST = {"small": LOW} # other ways to use the list of beams, from a good policy
+THE_LIST = dict.fromkeys(("small", "multivariate"), LOW) # other ways to use the list of beams, from a good policy
 BY_LABEL = {"map": (3e-4, 1e-3), "tiny": (2e-4, 6e-4, 2e-3), "small": (1e-4, 3e-4, 1e-3),
             "multivariate": (1e-4, 3e-4, 1e-3)}
 SIXTEEN, FOUR = dict(num_generations=16, prompts_per_step=32), dict(num_generations=4, prompts_per_step=128)
