@@ -66,6 +66,14 @@ def launches(f):
     return sum(e.count for e in p.key_averages() if e.key.startswith(LAUNCHES))
 
 
+def each_further(C, whole, first):
+    "Seconds of each of the C - 1 steps after the first; None where the clock cannot tell the whole from its first step"
+    return (whole - first) / (C - 1) if whole > first else None
+
+
+def ratio(a, b): return None if a is None or b is None else a / b
+
+
 def rounded(row): return {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -200,13 +208,12 @@ def search(bench, name, dtype, K, B, P, C, rate, forms=(None,)):
         row |= {f"seconds{label}": seconds, f"peak_gib{label}": peak and peak + captured._shared_bytes() / 2**30}
         if form is None: scores, row["captured"] = found.scores.float(), bool(captured._GRAPHS.get(model))
     first, _, _ = timed(lambda: ours(None, 1), repeats)
-    step = (row["seconds"] - first) / (C - 1)
-    row |= dict(step_seconds=step)
+    step = row["step_seconds"] = each_further(C, row["seconds"], first)
     for name, as_graph in (("products", False), *([("captured_products", True)] if CUDA else [])):
         whole, part = (timed(linear_products(model, B, K, P, n, as_graph), repeats)[0] for n in (C, 1))
-        row |= {f"over_{name}": row["seconds"] / whole, f"step_over_{name}": step / ((whole - part) / (C - 1))}
+        row |= {f"over_{name}": row["seconds"] / whole, f"step_over_{name}": ratio(step, each_further(C, whole, part))}
     held = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize + key_bytes(model, B * (P + K * C))
-    row |= dict(over_bandwidth=step / (held / rate), tokens=K * (P + C) / (P + K * C))
+    row |= dict(over_bandwidth=ratio(step, held / rate), tokens=K * (P + C) / (P + K * C))
     free()                                       # memory of our graphs is not theirs to carry
     try:
         seconds, _, peak = timed(theirs, 1)

@@ -43,7 +43,7 @@ def open_page(browser, allow_hosts=("127.0.0.1", "localhost"), **options):
     "A page in a context of its own; `page.faults` collects its errors, and requests to other hosts are refused"
     context = browser.new_context(**{"viewport": DESKTOP, **options})
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(900_000)
     page.faults = []
 
     def decide(route):

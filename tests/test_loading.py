@@ -117,29 +117,28 @@ def test_a_name_that_leads_nowhere(tmp_path, monkeypatch, name):
 
 def in_new_process(code, cwd, **env):
     "Run Python code in a process of its own, which would say yes to every question"
-    started = time.time()
     env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), HF_HOME=str(cwd / "hf")) | env
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, input="y\n" * 50, text=True,
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, input="y\n" * 50, text=True,
                           capture_output=True, timeout=900)
-    return done, time.time() - started
 
 
 HUB_LOAD = """
 import time
 from bgrpo_nb.policy.model import load_model, load_tokenizer
-started = time.time()
+slept = []
+time.sleep = slept.append
 for load in (load_model, load_tokenizer):
     try: print(type(load("someone/policy")).__name__)
     except FileNotFoundError as e: print(str(e).replace(chr(10), "NEWLINE"))
-print(time.time() - started < 30)
+print(sum(slept) < 10)
 """
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_an_unreachable_hub_is_one_quick_line(tmp_path, offline):
-    done, _ = in_new_process(HUB_LOAD, tmp_path, HF_HUB_OFFLINE=offline, HF_ENDPOINT="http://127.0.0.1:9")
-    model, tokenizer, quick = done.stdout.splitlines()
-    assert quick == "True" and model == tokenizer and "NEWLINE" not in model
+def test_an_unreachable_hub_is_one_line_without_long_waits(tmp_path, offline):
+    done = in_new_process(HUB_LOAD, tmp_path, HF_HUB_OFFLINE=offline, HF_ENDPOINT="http://127.0.0.1:9")
+    model, tokenizer, short = done.stdout.splitlines()
+    assert short == "True" and model == tokenizer and "NEWLINE" not in model
     assert model.startswith("no model at someone/policy: no such folder, the hub cannot be reached")
     assert "Retrying" not in done.stderr
 
@@ -171,12 +170,12 @@ def test_a_hub_id_is_passed_on_and_kept(tmp_path, llama):
     Thread(target=server.serve_forever, daemon=True).start()
     hub = dict(HF_HUB_OFFLINE="0", HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_DISABLE_XET="1")
     try:
-        other, _ = in_new_process(HUB_LOAD.replace("someone/policy", "someone/else"), tmp_path, **hub)
+        other = in_new_process(HUB_LOAD.replace("someone/policy", "someone/else"), tmp_path, **hub)
         assert other.stdout.count("the hub gives no model 'someone/else'") == 2, other.stdout + other.stderr[-2000:]
-        online, _ = in_new_process(HUB_LOAD, tmp_path, **hub)
+        online = in_new_process(HUB_LOAD, tmp_path, **hub)
     finally: server.shutdown(), server.server_close()
     assert online.stdout.split()[:1] == ["LlamaForCausalLM"], online.stdout + online.stderr[-2000:]
-    without, _ = in_new_process(HUB_LOAD, tmp_path, **hub)               # the server is gone, its files are in the cache
+    without = in_new_process(HUB_LOAD, tmp_path, **hub)               # the server is gone, its files are in the cache
     assert without.stdout == online.stdout, without.stderr[-2000:]
 
 
@@ -215,7 +214,7 @@ for folder in {[str(with_config(Path(shutil.copytree(llama, llama / name)), **fi
     except ValueError as e: print(e)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000)
 """
-    done, _ = in_new_process(code, llama)
+    done = in_new_process(code, llama)
     assert done.stdout.count("asks for") == 2 and done.stdout.endswith("True\n"), done.stdout + done.stderr[-500:]
 
 
@@ -272,7 +271,7 @@ for load in (load_model, load_tokenizer, train, lambda f: decompose("x**4", f)):
     try: load({str(llama)!r})
     except Exception as e: print(type(e).__name__, e)
 """
-    done, _ = in_new_process(code, tmp_path)
+    done = in_new_process(code, tmp_path)
     assert not list(tmp_path.rglob("MARK")) and "Do you wish" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     if kind == "own": assert done.stdout.count("trust_remote_code=True") == 4, done.stdout
@@ -282,7 +281,7 @@ def test_code_runs_where_the_caller_asks(tmp_path, llama):
     (llama / "code.py").write_text(OWN_CODE.replace("'MARK'", repr(str(tmp_path / "MARK"))))
     with_config(llama, model_type="own", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
     code = f"from bgrpo_nb.policy.model import *; load_model({str(llama)!r}, 'cpu', trust_remote_code=True)"
-    done, _ = in_new_process(code, tmp_path)
+    done = in_new_process(code, tmp_path)
     assert (tmp_path / "MARK").exists(), done.stderr[-1000:]
 
 

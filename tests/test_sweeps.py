@@ -585,7 +585,7 @@ def postgres():
         yield f"postgresql://sweeper@/postgres?host={place}"
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(30)
+        server.wait(900)
         shutil.rmtree(place, ignore_errors=True)
 
 

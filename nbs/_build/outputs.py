@@ -25,7 +25,7 @@ def is_progress_bar(out) -> bool:
 def run(path: Path):
     "All cells; a cell that fails ends it, and the file stays as it was"
     nb = nbformat.read(path, 4)
-    client = NotebookClient(nb, timeout=600, coalesce_streams=True, extra_arguments=SHARP,
+    client = NotebookClient(nb, timeout=900, coalesce_streams=True, extra_arguments=SHARP,
                             resources={"metadata": {"path": str(path.parent)}})
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
