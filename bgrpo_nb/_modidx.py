@@ -992,6 +992,8 @@ d = {
     ('loading.html#_about_code', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading._architecture':
     ('loading.html#_architecture', 'bgrpo_nb/policy/loading.py'),
+   'bgrpo_nb.policy.loading._base_of':
+    ('loading.html#_base_of', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading._check_base':
     ('loading.html#_check_base', 'bgrpo_nb/policy/loading.py'),
    'bgrpo_nb.policy.loading._check_fit':

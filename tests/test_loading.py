@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from bgrpo_nb import BGRPOConfig, BGRPOTrainer, decompose, evaluate, filter_by_beams, generate_problems
 from bgrpo_nb.algebra.notation import from_sympy
 from bgrpo_nb.policy.checkpoints import convert_checkpoint
-from bgrpo_nb.policy.loading import check_finite, find_policy, load_model, read_tokenizer, save_model
+from bgrpo_nb.policy.loading import check_finite, describe_policy, find_policy, load_model, read_tokenizer, save_model
 from bgrpo_nb.policy.model import decode_completions, encode, load_tokenizer, new_model, tokenize
 from bgrpo_nb.recipes.sft import ProblemStream
 from bgrpo_nb.search.generation import beam_search
@@ -251,6 +251,38 @@ def test_weights_that_are_no_numbers(tmp_path, problems, value, dtype):
 
 
 # No code from files
+
+# Adapters, which need the policy that they were trained on
+
+@pytest.fixture
+def adapters(tmp_path, llama):
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(load_model(llama, device="cpu"), LoraConfig(r=2, target_modules=["q_proj"]))
+    return save_model(model, load_tokenizer("single"), tmp_path / "adapters")
+
+
+def test_adapters_are_another_policy_where_their_base_is(llama, adapters):
+    "A resumed run compares its start by this"
+    before, content = describe_policy(adapters), (llama / "model.safetensors").read_bytes()
+    assert describe_policy(adapters) == before and before["sha256"] != describe_policy(llama)["sha256"]
+    (llama / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert describe_policy(adapters)["sha256"] != before["sha256"]
+
+
+@pytest.mark.parametrize("base,says", [*zip(("", None, "itself"), ["name no whole model"] * 3),
+                                       ("somewhere/gone/long ago", "no model at")])
+def test_adapters_without_their_base_are_one_line(adapters, base, says):
+    path = adapters / "adapter_config.json"
+    named = str(adapters) if base == "itself" else base
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(base_model_name_or_path=named)))
+    with pytest.raises((FileNotFoundError, ValueError), match=says) as error: load_model(adapters, device="cpu")
+    assert "\n" not in str(error.value)
+    for torn in ("{", "{}", "[]"):
+        path.write_text(torn)
+        for read in (load_model, describe_policy):
+            with pytest.raises(ValueError, match="can be loaded") as error: read(adapters)
+            assert "\n" not in str(error.value)
+
 
 OWN_CODE = "open('MARK', 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M, LlamaTokenizer as K\n"
 

@@ -47,8 +47,8 @@ then measures whether it still solves them.
 ## Which policy it is
 
 A run that is resumed must begin with the policy that it began with: its start is what is measured against, and
-what a KL divergence keeps to. So a run remembers the SHA-256 of the policy's files. A policy on the hub has none:
-`revision` says which one it is.
+what a KL divergence keeps to. So a run remembers the SHA-256 of the policy's files; to adapters belong the files
+of their base. A policy on the hub has none: `revision` says which one it is.
 
 ## What is refused
 
@@ -280,15 +280,19 @@ def _holds_adapters(name_or_path) -> bool: # and not a whole model
     if not isinstance(folder, Path): return False
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
+def _base_of(folder) -> str: # a folder, a bundled policy's name or a hub id
+    "The whole model that the adapters in a folder name as their base"
+    file = find_policy(folder) / "adapter_config.json"
+    with _in_one_line(folder, "model"): base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if base and not _holds_adapters(base): return base
+    raise ValueError(f"the adapters in {folder} name no whole model as their base ({base}); correct "
+                     "base_model_name_or_path in adapter_config.json")
+
 def _load_adapters(folder, **settings): # PeftModel in eval mode
     "The base that the adapters name, with the adapters active in it"
     need("lora", "peft")
-    from peft import PeftConfig, PeftModel
-    with _in_one_line(folder, "model"): base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if not base or _holds_adapters(base):
-        raise ValueError(f"the adapters in {folder} name no whole model as their base ({base}); correct "
-                         "base_model_name_or_path in adapter_config.json")
-    model = load_model(base, **settings)
+    from peft import PeftModel
+    model = load_model(_base_of(folder), **settings)
     with _in_one_line(folder, "model"): model = PeftModel.from_pretrained(model, folder)
     check_finite(model, folder)
     return model.eval()
@@ -392,7 +396,7 @@ _NOT_THE_POLICY = {".md"}   # of the files in its folder
 
 def describe_policy(name_or_path, # a bundled policy's name, a folder, or a hub id
                     ) -> dict | None: # name, sha256; None where it is not in a folder
-    "Which policy it is: the SHA-256 of its weights, configuration and tokenizer, as they are in the folder"
+    "Which policy it is: the SHA-256 of its weights, configuration and tokenizer, of adapters with their base's"
     folder = find_policy(name_or_path)
     if not isinstance(folder, Path): return None
     digest = hashlib.sha256()
@@ -400,4 +404,6 @@ def describe_policy(name_or_path, # a bundled policy's name, a folder, or a hub 
         if not file.is_file() or file.name.startswith(".") or file.suffix in _NOT_THE_POLICY: continue
         digest.update(file.name.encode())
         with file.open("rb") as content: digest.update(hashlib.file_digest(content, "sha256").digest())
+    base = describe_policy(_base_of(folder)) if _holds_adapters(folder) else None
+    if base: digest.update(base["sha256"].encode())
     return dict(name=str(name_or_path), sha256=digest.hexdigest())
