@@ -47,8 +47,8 @@ then measures whether it still solves them.
 ## Which policy it is
 
 A run that is resumed must begin with the policy that it began with: its start is what is measured against, and
-what a KL divergence keeps to. So a run remembers the SHA-256 of the policy's files; to adapters belong the files
-of their base. A policy on the hub has none: `revision` says which one it is.
+what a KL divergence keeps to. So a run remembers the SHA-256 of the policy's files, of adapters also those of
+their base. A policy on the hub has none: `revision` says which one it is.
 
 ## What is refused
 
