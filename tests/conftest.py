@@ -74,7 +74,7 @@ def pytest_unconfigure():
     if TEMP: shutil.rmtree(TEMP, ignore_errors=True)
 
 
-# The files with most work, largest first: two workers take whole files, and a long one begun last keeps one alone
+# The files with most work, largest first: each worker takes whole files, and a long one begun last keeps one alone
 LONGEST = ["test_" + name for name in ("site sweeps trainer resume generation cli loading widgets constrained_training "
                                        "trl_contract across_machines trust").split()]
 

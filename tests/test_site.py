@@ -51,7 +51,7 @@ def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site") / "pages"
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     command = [sys.executable, REPO / "nbs/_build/build_site.py", "--out", out]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1700) # all pages
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1700)  # all pages; a test has 1,800
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stdout + done.stderr
     return out
